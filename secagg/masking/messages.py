@@ -1,0 +1,84 @@
+"""One struct for each arrow of the protocol (Bonawitz et al. 2017, figure 4).
+
+A message never says who sent it: that comes from the transport. Participants are numbers, their places in the roster.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from secagg.sealed import TAG_BYTES
+from secagg.shamir import SHARE_BYTES
+from secagg.wire import Digest, Key, Message, Number, Signature
+
+# A box holds (sender, receiver, share of s_u, share of b_u): 4 + 4 + 33 + 33 bytes and the tag.
+PAIR_BYTES = 8 + 2 * SHARE_BYTES
+Box = Annotated[bytes, Meta(min_length=PAIR_BYTES + TAG_BYTES, max_length=PAIR_BYTES + TAG_BYTES)]
+Share = Annotated[bytes, Meta(min_length=SHARE_BYTES, max_length=SHARE_BYTES)]
+
+
+class Advertisement(Message, frozen=True):
+    """Round 0, participant to server: c_u and s_u public keys, signed (empty signature in semi-honest mode)."""
+
+    channel_key: Key
+    mask_key: Key
+    signature: Signature
+
+
+class KeyDirectory(Message, frozen=True):
+    """Round 0, server to participants: what everyone in U1 advertised."""
+
+    advertisements: dict[Number, Advertisement]
+
+
+class EncryptedShares(Message, frozen=True):
+    """Round 1, participant to server: a sealed pair of shares for every other member of U1.
+
+    `commitment` is a hash of b_u, signed, against which the server checks what it reconstructs.
+    """
+
+    boxes: dict[Number, Box]
+    commitment: Digest
+    signature: Signature
+
+
+class ShareInbox(Message, frozen=True):
+    """Round 1, server to participant v: the boxes for v from every other member of U2."""
+
+    boxes: dict[Number, Box]
+
+
+class MaskedInput(Message, frozen=True):
+    """Round 2, participant to server: y_u, packed to b bits a value."""
+
+    packed: bytes
+
+
+class SurvivorSet(Message, frozen=True):
+    """Round 2, server to participants: U3, everyone whose masked vector is in the sum; in ascending order."""
+
+    survivors: tuple[Number, ...]
+
+
+class Confirmation(Message, frozen=True):
+    """Round 3, participant to server: a signature over the U3 that it was shown."""
+
+    signature: Signature
+
+
+class ConfirmationSet(Message, frozen=True):
+    """Round 3, server to participants: the signatures of U4."""
+
+    signatures: dict[Number, Signature]
+
+
+class UnmaskShares(Message, frozen=True):
+    """Round 4, participant to server: for each member of U2 exactly one kind of share.
+
+    The share of b_v for v in U3 (alive), the share of s_v for v in U2 minus U3 (dropped). Never both of one.
+    """
+
+    of_self_mask_seed: dict[Number, Share]
+    of_mask_secret: dict[Number, Share]

@@ -1,0 +1,303 @@
+"""The server's side of pairwise-masked secure aggregation.
+
+The server relays keys and sealed shares, adds masked vectors into one accumulator as they arrive, and takes off the
+masks that are left. It learns the sum, who took part, and nothing else that the participants keep to themselves.
+
+`receive_*` takes one participant's message (who sent it comes from the transport) and raises `RemoteProtocolError`
+with the culprit on anything wrong, leaving the state as it was; `close_*` ends a stage with whoever answered. States
+are consumed: the accumulator is added to in place.
+
+Source: Bonawitz et al. 2017, figure 4.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from secagg.errors import BelowThreshold, DecodeError, RemoteProtocolError
+from secagg.keys import AgreementKey, agreement_public, refuse_low_order, verify
+from secagg.masking.client import (
+    commitment,
+    keys_payload,
+    mask_sign,
+    pairwise_key,
+    self_mask_key,
+    survivors_payload,
+)
+from secagg.masking.messages import (
+    Advertisement,
+    Confirmation,
+    ConfirmationSet,
+    EncryptedShares,
+    KeyDirectory,
+    MaskedInput,
+    ShareInbox,
+    SurvivorSet,
+    UnmaskShares,
+)
+from secagg.masking.params import Session
+from secagg.prg import Label, add_keystream
+from secagg.ring import RingVector
+from secagg.shamir import recover
+
+T = TypeVar("T")
+
+
+class CollectingKeys(Struct, frozen=True):
+    """Stage AdvertiseKeys: who has advertised so far."""
+
+    session: Session
+    advertisements: dict[int, Advertisement] = {}
+
+
+class CollectingShares(Struct, frozen=True):
+    """Stage ShareKeys: U1 is fixed; whose sealed shares have come."""
+
+    session: Session
+    directory: dict[int, Advertisement]
+    received: dict[int, EncryptedShares] = {}
+
+
+class CollectingVectors(Struct, frozen=True):
+    """Stage MaskedInput: U2 is fixed. `total` is the sum of the masked vectors of `survivors`."""
+
+    session: Session
+    directory: dict[int, Advertisement]
+    commitments: dict[int, bytes]
+    total: RingVector
+    survivors: frozenset[int] = frozenset()
+
+
+class CollectingConfirmations(Struct, frozen=True):
+    """Stage ConsistencyCheck: U3 is fixed; who has signed it."""
+
+    session: Session
+    directory: dict[int, Advertisement]
+    commitments: dict[int, bytes]
+    total: RingVector
+    survivors: frozenset[int]
+    signatures: dict[int, bytes] = {}
+
+
+class CollectingUnmask(Struct, frozen=True):
+    """Stage Unmask: shares that open the masks of the survivors and the keys of the dropped.
+
+    `asked` is who may answer: U4, or U3 in a semi-honest session.
+    """
+
+    session: Session
+    directory: dict[int, Advertisement]
+    commitments: dict[int, bytes]
+    total: RingVector
+    survivors: frozenset[int]
+    asked: frozenset[int]
+    answers: dict[int, UnmaskShares] = {}
+
+    @property
+    def dropped(self) -> frozenset[int]:
+        """U2 minus U3."""
+        return frozenset(self.commitments) - self.survivors
+
+
+class Opened(Struct, frozen=True):
+    """The end: the sum of the survivors' vectors, reduced to the ring.
+
+    Attributes:
+        total: Shape [dimension].
+        survivors: Whose vectors it sums.
+        liars: Participants that sent wrong shares, found out because the others' sufficed.
+    """
+
+    session: Session
+    total: RingVector
+    survivors: frozenset[int]
+    liars: frozenset[int]
+
+
+def start(session: Session) -> CollectingKeys:
+    """Begin a round."""
+    return CollectingKeys(session)
+
+
+def receive_keys(state: CollectingKeys, sender: int, message: Advertisement) -> CollectingKeys:
+    """Round 0: check and keep a participant's public keys."""
+    session = state.session
+    _expect(session, sender, frozenset(range(len(session.params.roster))), state.advertisements)
+    known = {key for ad in state.advertisements.values() for key in (ad.channel_key, ad.mask_key)}
+    if {message.channel_key, message.mask_key} & known or message.channel_key == message.mask_key:
+        raise _fault(session, sender, "sent a public key that is already in use")
+    try:
+        refuse_low_order(message.channel_key)
+        refuse_low_order(message.mask_key)
+    except RemoteProtocolError as error:
+        raise _fault(session, sender, f"sent a useless key: {error}") from error
+    payload = keys_payload(sender, message.channel_key, message.mask_key)
+    _check_signature(session, sender, message.signature, Label.SIGN_KEYS, payload, "its keys")
+    return msgspec.structs.replace(state, advertisements={**state.advertisements, sender: message})
+
+
+def close_keys(state: CollectingKeys) -> tuple[CollectingShares, dict[int, KeyDirectory]]:
+    """Fix U1 and send everyone's keys to everyone."""
+    _require(state.session, "AdvertiseKeys", len(state.advertisements))
+    directory = _in_order(state.advertisements)
+    return CollectingShares(state.session, directory), dict.fromkeys(directory, KeyDirectory(directory))
+
+
+def receive_shares(state: CollectingShares, sender: int, message: EncryptedShares) -> CollectingShares:
+    """Round 1: keep a participant's sealed shares, one for every other member of U1."""
+    session = state.session
+    _expect(session, sender, frozenset(state.directory), state.received)
+    expected = state.directory.keys() - {sender}
+    if message.boxes.keys() != expected:
+        raise _fault(
+            session, sender, f"sealed shares for {session.names(set(message.boxes))}, expected {len(expected)}"
+        )
+    _check_signature(session, sender, message.signature, Label.SIGN_COMMITMENT, message.commitment, "its commitment")
+    return msgspec.structs.replace(state, received={**state.received, sender: message})
+
+
+def close_shares(state: CollectingShares) -> tuple[CollectingVectors, dict[int, ShareInbox]]:
+    """Fix U2 and give each of its members the boxes that are for it."""
+    session = state.session
+    _require(session, "ShareKeys", len(state.received))
+    received = _in_order(state.received)
+    inboxes = {u: ShareInbox({v: message.boxes[u] for v, message in received.items() if v != u}) for u in received}
+    commitments = {u: message.commitment for u, message in received.items()}
+    return CollectingVectors(session, state.directory, commitments, session.ring.zeros(session.dimension)), inboxes
+
+
+def receive_vector(state: CollectingVectors, sender: int, message: MaskedInput) -> CollectingVectors:
+    """Round 2: add a masked vector to the sum and let it go."""
+    session = state.session
+    _expect(session, sender, frozenset(state.commitments), state.survivors)
+    try:
+        vector = session.ring.unpack(message.packed, session.dimension)
+    except DecodeError as error:
+        raise _fault(session, sender, f"sent no vector of this session: {error}") from error
+    state.total[:] += vector
+    return msgspec.structs.replace(state, survivors=state.survivors | {sender})
+
+
+def close_vectors(
+    state: CollectingVectors,
+) -> tuple[CollectingConfirmations | CollectingUnmask, dict[int, SurvivorSet]]:
+    """Fix U3 and show it to its members. A semi-honest session goes straight to unmasking."""
+    _require(state.session, "MaskedInput", len(state.survivors))
+    shown = SurvivorSet(tuple(sorted(state.survivors)))
+    so_far = state.session, state.directory, state.commitments, state.total, state.survivors
+    next_state: CollectingConfirmations | CollectingUnmask
+    if state.session.params.active:
+        next_state = CollectingConfirmations(*so_far)
+    else:
+        next_state = CollectingUnmask(*so_far, asked=state.survivors)
+    return next_state, dict.fromkeys(shown.survivors, shown)
+
+
+def receive_confirmation(state: CollectingConfirmations, sender: int, message: Confirmation) -> CollectingConfirmations:
+    """Round 3: keep a participant's signature over U3."""
+    _expect(state.session, sender, state.survivors, state.signatures)
+    payload = survivors_payload(tuple(state.survivors))
+    _check_signature(state.session, sender, message.signature, Label.SIGN_SURVIVORS, payload, "the survivors")
+    return msgspec.structs.replace(state, signatures={**state.signatures, sender: message.signature})
+
+
+def close_confirmations(state: CollectingConfirmations) -> tuple[CollectingUnmask, dict[int, ConfirmationSet]]:
+    """Fix U4 and send its signatures to its members."""
+    _require(state.session, "ConsistencyCheck", len(state.signatures))
+    signatures = _in_order(state.signatures)
+    next_state = CollectingUnmask(
+        state.session, state.directory, state.commitments, state.total, state.survivors, frozenset(signatures)
+    )
+    return next_state, dict.fromkeys(signatures, ConfirmationSet(signatures))
+
+
+def receive_unmask(state: CollectingUnmask, sender: int, message: UnmaskShares) -> CollectingUnmask:
+    """Round 4: keep a participant's shares, of b_v for each survivor and of s_v for each that dropped."""
+    _expect(state.session, sender, state.asked, state.answers)
+    if message.of_self_mask_seed.keys() != state.survivors or message.of_mask_secret.keys() != state.dropped:
+        raise _fault(state.session, sender, "answered with shares of other participants than it was asked for")
+    return msgspec.structs.replace(state, answers={**state.answers, sender: message})
+
+
+def close_unmask(state: CollectingUnmask) -> Opened:
+    """Reconstruct, check against keys and commitments, and take off the masks.
+
+    sum of y_u over U3, less PRG(b_u) for u in U3, less the masks that u in U3 shares with v in U2 minus U3.
+
+    Raises:
+        BelowThreshold: Fewer than t answers.
+        RemoteProtocolError: The shares of a secret do not lead to it. Never a wrong sum.
+    """
+    session = state.session
+    _require(session, "Unmask", len(state.answers))
+    sid, total, liars = session.id, state.total, set[int]()
+    for u in sorted(state.survivors):
+        shares = {v: answer.of_self_mask_seed[u] for v, answer in state.answers.items()}
+        seed, wrong = _recover(session, u, shares, partial(_is_committed, sid, u, state.commitments[u]))
+        liars |= wrong
+        add_keystream(total, self_mask_key(seed, sid, u), -1)
+    for v in sorted(state.dropped):
+        shares = {w: answer.of_mask_secret[v] for w, answer in state.answers.items()}
+        secret, wrong = _recover(session, v, shares, partial(_is_secret_of, state.directory[v].mask_key))
+        liars |= wrong
+        key = AgreementKey(secret)
+        for u in sorted(state.survivors):
+            add_keystream(total, pairwise_key(key, state.directory[u].mask_key, sid, u, v), -mask_sign(u, v))
+    return Opened(session, session.ring.reduce(total), state.survivors, frozenset(liars))
+
+
+def _is_committed(sid: bytes, participant: int, expected: bytes, seed: bytes) -> bool:
+    return hmac.compare_digest(commitment(seed, sid, participant), expected)
+
+
+def _is_secret_of(public: bytes, secret: bytes) -> bool:
+    return hmac.compare_digest(agreement_public(secret), public)
+
+
+def _recover(
+    session: Session, owner: int, shares: dict[int, bytes], is_secret: Callable[[bytes], bool]
+) -> tuple[bytes, frozenset[int]]:
+    try:
+        return recover(shares, session.params.threshold, is_secret)
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(f"the secret of {session.params.roster.name(owner)}: {error}") from error
+
+
+def _expect(session: Session, sender: int, allowed: Collection[int], answered: Collection[int]) -> None:
+    if sender not in allowed:
+        raise _fault(session, sender, "answered a request that it was not sent")
+    if sender in answered:
+        raise _fault(session, sender, "answered twice; the first answer stands")
+
+
+def _check_signature(session: Session, sender: int, signature: bytes, label: Label, payload: bytes, what: str) -> None:
+    if not session.params.active:
+        return
+    if not verify(session.params.roster.members[sender].identity, signature, label, session.id, payload):
+        raise _fault(
+            session,
+            sender,
+            f"did not sign {what} for this session: it has another key than the roster, or another model, "
+            "configuration or round",
+        )
+
+
+def _fault(session: Session, sender: int, what: str) -> RemoteProtocolError:
+    name = session.params.roster.name(sender)
+    return RemoteProtocolError(f"{name} {what}", [name])
+
+
+def _require(session: Session, stage: str, present: int) -> None:
+    if present < session.params.threshold:
+        raise BelowThreshold(stage, present, session.params.threshold)
+
+
+def _in_order(by_sender: dict[int, T]) -> dict[int, T]:
+    """By number, not by arrival: what the server sends does not depend on who was fastest."""
+    return {u: by_sender[u] for u in sorted(by_sender)}

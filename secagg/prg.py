@@ -1,0 +1,124 @@
+"""Keys from secrets, and keystream from keys.
+
+`derive` is the only way a key is made (HKDF-SHA256, RFC 5869) and `Label` is the one table of what keys, hashes and
+signatures are for: two purposes never share an input. Keystream is AES-128 in counter mode (SP 800-38A) from a zero
+counter; that is safe because every key is used for one stream only.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from secagg.errors import LocalProtocolError
+from secagg.ring import RingVector
+
+Entropy = Callable[[int], bytes]
+"""Where randomness comes from: `os.urandom`, or a deterministic stream in a test. Called with a number of bytes."""
+
+KEY_BYTES = 16
+# Keystream at a time. Large enough to hide the call, small enough to be added while it is still in cache.
+_BLOCK_BYTES = 1 << 18
+_ZEROS = memoryview(bytes(_BLOCK_BYTES))
+
+
+class Label(bytes, enum.Enum):
+    """What a derived key, a hash or a signature is for. Every use in the library is listed here, once."""
+
+    SESSION = b"session"
+    FINGERPRINT = b"fingerprint"
+    SELF_MASK = b"mask: own"
+    PAIRWISE_MASK = b"mask: pairwise"
+    CHANNEL = b"channel"
+    COMMIT_SELF_MASK = b"commitment: own mask seed"
+    SIGN_KEYS = b"signature: keys"
+    SIGN_COMMITMENT = b"signature: commitment"
+    SIGN_SURVIVORS = b"signature: survivors"
+    ROUNDING = b"rounding"
+    ENTROPY = b"entropy"
+
+
+def domain(label: Label, session_id: bytes, *numbers: int) -> bytes:
+    """The unambiguous prefix for everything hashed, signed or derived: label, session id, fixed-width numbers."""
+    tag = b"secagg-1/" + label.value
+    return len(tag).to_bytes(1, "big") + tag + session_id + b"".join(n.to_bytes(8, "big") for n in numbers)
+
+
+def derive(secret: bytes, label: Label, session_id: bytes, *numbers: int) -> bytes:
+    """A 16-byte key for one purpose, from a secret (HKDF-SHA256; the session id is the salt).
+
+    Args:
+        secret: Input keying material: a shared X25519 secret or a random seed.
+        label: The purpose.
+        session_id: 32 bytes that bind the key to study, roster, round and model.
+        numbers: Identities and counters that set keys of the same purpose apart.
+    """
+    info = domain(label, session_id, *numbers)
+    return HKDF(hashes.SHA256(), KEY_BYTES, salt=session_id, info=info).derive(secret)
+
+
+def add_keystream(vector: RingVector, key: bytes, sign: int) -> None:
+    """Add (sign +1) or subtract (sign -1) the keystream of `key`, in place: a mask over the whole ring.
+
+    Args:
+        vector: Contiguous `uint32` or `uint64`, shape [d]. Wraps in its machine word.
+        key: 16 bytes, used for this mask and nothing else.
+        sign: +1 or -1.
+
+    Raises:
+        LocalProtocolError: A key of another length, or another sign.
+    """
+    if sign not in (1, -1):
+        raise LocalProtocolError(f"a mask is added (+1) or subtracted (-1), got {sign}")
+    stream = _keystream(key)
+    step = np.add if sign > 0 else np.subtract
+    size = min(vector.nbytes, _BLOCK_BYTES)
+    buffer = bytearray(size)  # per call, not per process: threads must not share it
+    words = np.frombuffer(buffer, vector.dtype)
+    for start in range(0, vector.size, words.size or 1):
+        part = vector[start : start + words.size]
+        stream.update_into(_ZEROS[:size], buffer)
+        if sys.byteorder == "big":
+            words.byteswap(inplace=True)
+        step(part, words[: part.size], out=part)
+
+
+class Stream:
+    """A cryptographically secure stream of random words: AES-128-CTR under one key.
+
+    Used for stochastic rounding, and as a deterministic source of entropy where a run must be repeated bit for bit.
+    It does not pickle, and its repr shows nothing.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = _keystream(key)
+
+    def __reduce__(self) -> str:
+        raise LocalProtocolError("a keystream holds a secret and is not pickled")
+
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes."""
+        return self._cipher.update(bytes(count))
+
+    def uint32(self, count: int) -> npt.NDArray[np.uint32]:
+        """The next `count` words, uniform over 32 bits, shape [count]."""
+        zeros: bytes | memoryview = _ZEROS[: 4 * count] if 4 * count <= _BLOCK_BYTES else bytes(4 * count)
+        return np.frombuffer(self._cipher.update(zeros), "<u4").astype(np.uint32, copy=False)
+
+
+def deterministic_entropy(seed: bytes) -> Entropy:
+    """Entropy that repeats itself: for tests, test vectors and comparing engines. Never for data that matters."""
+    return Stream(derive(seed, Label.ENTROPY, bytes(32))).read
+
+
+def _keystream(key: bytes) -> CipherContext:
+    if len(key) != KEY_BYTES:
+        raise LocalProtocolError(f"a keystream takes a key of {KEY_BYTES} bytes, got {len(key)}")
+    return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
