@@ -1,0 +1,248 @@
+"""The server of a study: the model, its optimiser, and one secure sum after the other.
+
+The coordinator is driven from outside and knows neither sockets nor clocks:
+
+    while requests := coordinator.requests():
+        for site, reply in engine.exchange(requests):
+            coordinator.receive(site, reply)
+        coordinator.close_stage()
+
+A site that does not answer, refuses, or sends something wrong is out of the round. A round that loses too many sites
+leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from msgspec import Struct
+
+from protocols.aggregation import Sum, SumServer
+from protocols.fedavg import ServerOptimizer, flatten, model_bytes, model_digest
+from protocols.messages import Purpose, Refusal, Reply, Request, Work
+from protocols.sessions import Sums
+from protocols.study import Study
+from secagg.errors import SecAggError
+from secagg.keys import Roster
+from secagg.wire import decode_any, encode
+
+
+class StageRecord(Struct, frozen=True):
+    """One stage of one round, as the server saw it.
+
+    Attributes:
+        stage: Its name.
+        asked: How many sites were asked.
+        answered: How many answers were taken.
+        bytes_down: Sent to all sites together.
+        bytes_up: Received from all sites together.
+        seconds: Wall time, as measured by whoever drives the coordinator.
+    """
+
+    stage: str
+    asked: int
+    answered: int
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+
+
+class RoundRecord(Struct):
+    """One sum of the study.
+
+    Attributes:
+        number: Counted over the whole study, from 0.
+        purpose: What was summed.
+        outcome: "running", "opened" or "failed".
+        contributors: Sites in the sum.
+        dropped: Sites that are not in it or left before its end, and why.
+        faults: Wrong messages, with the sender where one is to blame.
+        weight: Sum of the contributors' weights.
+        stages: In order.
+    """
+
+    number: int
+    purpose: Purpose
+    outcome: Literal["running", "opened", "failed"] = "running"
+    contributors: tuple[str, ...] = ()
+    dropped: dict[str, str] = {}
+    faults: list[str] = []
+    weight: int = 0
+    stages: list[StageRecord] = []
+
+
+class Coordinator:
+    """The server's side of a whole study.
+
+    Args:
+        study: What is to be done.
+        roster: The sites and their keys.
+        model: The initial model; stepped in place.
+        features: Columns of a row, as the sites have them.
+
+    Attributes:
+        model: The current global model.
+        rounds: What has happened so far.
+        stopped: Why the study ended before its last round, or None.
+
+    Raises:
+        StudyError: Study, roster and model do not belong together.
+    """
+
+    def __init__(self, study: Study, roster: Roster, model: torch.nn.Module, features: int) -> None:
+        self.model = model
+        self.rounds: list[RoundRecord] = []
+        self.stopped: str | None = None
+        self._study = study
+        self._sums = Sums(study, roster, features, flatten(model).size)
+        self._optimizer = ServerOptimizer(model, study.server)
+        self._purposes: list[Purpose] = ["standardize"] if study.task.standardize == "global" else []
+        self._purposes += ["train"] * study.rounds
+        self._purposes.append("finish")
+        self._mean: tuple[float, ...] = ()
+        self._std: tuple[float, ...] = ()
+        self._failed = 0
+        self._sum: SumServer | None = None
+        self._asked: dict[str, int] = {}
+        self._answered: set[str] = set()
+        self._bytes_up = 0
+        self._begin()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to ask."""
+        return not self._purposes
+
+    @property
+    def purpose(self) -> Purpose | None:
+        """Of the sum that is under way, or None at the end."""
+        return self._purposes[0] if self._purposes else None
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage that is under way."""
+        return self._sum.stage if self._sum is not None else "Finish"
+
+    def requests(self) -> dict[str, bytes]:
+        """What to send to which site in this stage; empty when the study is done."""
+        if self.finished:
+            return {}
+        roster, work = self._sums.roster, None
+        bodies = dict.fromkeys(range(len(roster)), b"")
+        if self._sum is not None:
+            bodies = self._sum.requests()
+        if self._sum is None or self.stage == self._sums.scheme.contributes_at:
+            work = self._work
+        requests = {
+            roster.name(u): encode(
+                Request(self._number, self._purposes[0], self.stage, model_digest(self._work), body, work)
+            )
+            for u, body in bodies.items()
+        }
+        self._asked = {name: len(request) for name, request in requests.items()}
+        self._answered, self._bytes_up = set(), 0
+        return requests
+
+    def receive(self, site: str, reply: bytes) -> None:
+        """Take a site's answer to this stage's request. What is wrong with it is recorded, and the site is out.
+
+        Args:
+            site: Who sent it, by the transport's word.
+            reply: An encoded `Answer` or `Refusal`.
+        """
+        record = self.rounds[-1]
+        if site not in self._asked or site in self._answered or site in record.dropped:
+            record.faults.append(f"{site}: answered unasked, late or twice; ignored")
+            return
+        self._bytes_up += len(reply)
+        try:
+            message: Reply = decode_any(reply, Reply)  # type: ignore[assignment]
+            if isinstance(message, Refusal):
+                record.dropped[site] = f"refused ({message.reason}) at {self.stage}"
+                return
+            if self._sum is not None:
+                self._sum.receive(self._sums.roster.number(site), message.body)
+        except SecAggError as error:
+            record.dropped[site] = f"sent a wrong message at {self.stage}"
+            record.faults.append(f"{site}: {error}")
+            return
+        self._answered.add(site)
+
+    def close_stage(self, seconds: float = 0.0) -> None:
+        """End the stage: whoever has not answered has dropped out.
+
+        Args:
+            seconds: How long the stage took, for the record.
+        """
+        record = self.rounds[-1]
+        record.stages.append(
+            StageRecord(
+                stage=self.stage,
+                asked=len(self._asked),
+                answered=len(self._answered),
+                bytes_down=sum(self._asked.values()),
+                bytes_up=self._bytes_up,
+                seconds=seconds,
+            )
+        )
+        for site in self._asked.keys() - self._answered - record.dropped.keys():
+            record.dropped[site] = f"no answer at {self.stage}"
+        self._asked = {}
+        if self._sum is None:
+            record.outcome = "opened"
+            self._purposes.clear()
+            return
+        try:
+            self._sum.close()
+            result = self._sum.result
+            if result is not None:
+                self._apply(record, result)
+        except SecAggError as error:
+            self._fail(record, error)
+        else:
+            if result is not None:
+                self._purposes.pop(0)
+                self._failed = 0
+                self._begin()
+
+    def _apply(self, record: RoundRecord, result: Sum) -> None:
+        """Put an opened sum to its use; the model moves only after every check."""
+        name = self._sums.roster.name
+        weight, mean = self._sums.fixed_point(record.purpose).decode(result.total)
+        if record.purpose == "standardize":
+            first, second = np.split(mean, 2)
+            variance = np.maximum(second - first**2, 0.0) * weight / max(1, weight - 1)
+            self._mean, self._std = tuple(first.tolist()), tuple(np.sqrt(variance).tolist())
+        else:
+            self._optimizer.step(mean)
+        record.outcome, record.weight = "opened", weight
+        record.contributors = tuple(name(u) for u in sorted(result.contributors))
+        record.faults += [f"{name(u)}: sent wrong shares of others' secrets" for u in sorted(result.liars)]
+
+    def _fail(self, record: RoundRecord, error: SecAggError) -> None:
+        record.outcome = "failed"
+        record.faults.append(str(error))
+        self._failed += 1
+        broke = [site for site, why in record.dropped.items() if why.startswith("refused (budget)")]
+        if broke:
+            self.stopped = f"the privacy budget of {', '.join(broke)} is spent: {error}"
+        elif self._failed >= self._study.protocol.max_failed_rounds:
+            self.stopped = f"{self._failed} rounds in a row were lost, the last with: {error}"
+        if self.stopped is not None:
+            self._purposes[:-1] = []
+        elif record.purpose == "train":
+            self._purposes.pop(0)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start on the next purpose in line."""
+        purpose = self._purposes[0]
+        self._number = len(self.rounds)
+        self._work = encode(Work(model_bytes(self.model), self._mean, self._std))
+        self.rounds.append(RoundRecord(self._number, purpose))
+        self._sum = None
+        if purpose != "finish":
+            session = self._sums.session(self._number, purpose, model_digest(self._work))
+            self._sum = self._sums.scheme.server(session)

@@ -1,0 +1,69 @@
+"""An engine that loses messages on purpose, to see what a study makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from msgspec import Struct
+
+from protocols.engines import Engine
+from protocols.errors import StudyError
+from protocols.messages import Request
+from secagg.wire import decode
+
+
+class Fault(Struct, frozen=True):
+    """One thing that goes wrong.
+
+    Attributes:
+        site: Whose message it is.
+        stage: At which stage.
+        round: In which round, or None for every one.
+        kind: "lost-request" (the site never sees it), "lost-reply" (the site has done its work) or "corrupt" (one bit
+            of the reply is flipped).
+    """
+
+    site: str
+    stage: str
+    round: int | None = None
+    kind: Literal["lost-request", "lost-reply", "corrupt"] = "lost-request"
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """A fault from `SITE:STAGE` or `SITE:STAGE:ROUND`.
+
+        Raises:
+            StudyError: Another form.
+
+        >>> Fault.parse("va:MaskedInput:3")
+        Fault(site='va', stage='MaskedInput', round=3, kind='lost-request')
+        """
+        parts = text.split(":")
+        if len(parts) not in (2, 3) or not all(parts) or not (len(parts) == 2 or parts[2].isdecimal()):
+            raise StudyError(f"a drop-out is given as SITE:STAGE or SITE:STAGE:ROUND, got {text!r}")
+        return cls(parts[0], parts[1], int(parts[2]) if len(parts) == 3 else None)
+
+
+class Faulty:
+    """Wraps another engine and makes the listed faults happen."""
+
+    def __init__(self, engine: Engine, faults: tuple[Fault, ...]) -> None:
+        self._engine, self._faults = engine, faults
+
+    def exchange(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+        """The wrapped engine's exchange, less what is lost."""
+        hit = {name: self._fault(name, decode(request, Request)) for name, request in requests.items()}
+        reaching = {n: r for n, r in requests.items() if (f := hit[n]) is None or f.kind != "lost-request"}
+        for name, reply in self._engine.exchange(reaching):
+            fault = hit[name]
+            if fault is None:
+                yield name, reply
+            elif fault.kind == "corrupt":
+                yield name, reply[:-1] + bytes([reply[-1] ^ 1])
+
+    def _fault(self, site: str, request: Request) -> Fault | None:
+        for fault in self._faults:
+            if (fault.site, fault.stage) == (site, request.stage) and fault.round in (None, request.round):
+                return fault
+        return None

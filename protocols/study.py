@@ -1,0 +1,450 @@
+"""A study as a file: `study.toml`, decoded strictly into frozen values.
+
+Whatever is wrong with the file comes out as one `StudyError` line: the path in the file, what was expected and what
+came. The study without its data paths is what all sites must agree on; its digest is in every mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from dp import Relation
+from protocols.errors import StudyError
+from secagg.errors import HeadroomError, LocalProtocolError
+from secagg.fixed_point import FixedPoint, plan
+from secagg.masking.params import Mode, least_threshold
+
+FORMAT = 1
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of a table in the file: unknown keys are errors."""
+
+
+class SiteEntry(_Section, frozen=True):
+    """A participating site.
+
+    Attributes:
+        name: Unique; letters, digits, `_`, `-` and `.`.
+        data: Path of its CSV or Parquet file, relative to the study file. Only for `task.data = "csv"`, and only where
+            the whole study runs on one machine; it is no part of what the sites agree on.
+    """
+
+    name: str
+    data: str | None = None
+
+
+class Task(_Section, frozen=True):
+    """What is learned from what: binary classification of table rows.
+
+    Attributes:
+        data: "heart-disease" (shipped; sites cleveland, hungarian, switzerland, va) or "csv".
+        preprocessing: Of heart disease: "full" (920 rows, missing flags) or "flamby" (740 rows, 13 features).
+        standardize: "public" (published constants, heart disease only), "global" (mean and deviation over all sites,
+            by a secure sum before the first round), "site" (each its own) or "none". Under differential privacy
+            only "public" and "none": the others depend on the records outside the account.
+        features: Of csv: the columns to learn from, in this order.
+        target: Of csv: the column with the class, 0 or 1.
+        feature_bound: Largest absolute value of a feature that enters the sums of "global".
+        test_fraction: Share of each site's rows that is held out.
+        split_seed: Seed of that split.
+    """
+
+    data: Literal["heart-disease", "csv"] = "heart-disease"
+    preprocessing: Literal["full", "flamby"] = "full"
+    standardize: Literal["public", "global", "site", "none"] = "none"
+    features: tuple[str, ...] = ()
+    target: str | None = None
+    feature_bound: float = 4096.0
+    test_fraction: float = 0.34
+    split_seed: int = 43
+
+
+class Model(_Section, frozen=True):
+    """The network. Its output is one logit for each row.
+
+    Attributes:
+        kind: "logistic", "mlp" (ReLU layers as wide as `hidden`) or "factory".
+        hidden: Widths of the hidden layers of an mlp.
+        factory: Of kind "factory": "package.module:function", called with the number of features, gives a
+            `torch.nn.Module`. The module must be installed at every site.
+        buffers: Buffers that are no parameters, such as BatchNorm statistics: "refuse" a model that has any, or
+            "average" them with the same weights as the parameters. Under differential privacy always refused.
+    """
+
+    kind: Literal["logistic", "mlp", "factory"] = "logistic"
+    hidden: tuple[int, ...] = (16,)
+    factory: str | None = None
+    buffers: Literal["refuse", "average"] = "refuse"
+
+
+class Training(_Section, frozen=True):
+    """What a site does in one round.
+
+    Attributes:
+        algorithm: "fedavg" (local steps, then the difference of the models) or "fedsgd" (one gradient over all of a
+            site's training rows).
+        local_epochs: Passes over the training rows a round; or
+        local_steps: mini-batch steps a round. Exactly one of the two for fedavg, none for fedsgd. Under differential
+            privacy an epoch is 1 / sampling_rate steps.
+        batch_size: Rows in a mini-batch; the last of an epoch may be smaller. Not used under differential privacy.
+        learning_rate: Of local SGD.
+        momentum: Of local SGD, from rest every round.
+        weighting: "records" (a site weighs as many as it has training rows) or "uniform".
+    """
+
+    algorithm: Literal["fedavg", "fedsgd"] = "fedavg"
+    local_epochs: int | None = None
+    local_steps: int | None = None
+    batch_size: int = 32
+    learning_rate: float = 0.1
+    momentum: float = 0.0
+    weighting: Literal["records", "uniform"] = "records"
+
+
+class Server(_Section, frozen=True):
+    """How the server steps along the mean update.
+
+    Attributes:
+        optimizer: Name of a `torch.optim` optimiser; it sees the negative mean update as the gradient.
+        learning_rate: Its learning rate; 1.0 with SGD is plain federated averaging.
+        options: Its further arguments, such as `momentum` or `betas`.
+    """
+
+    optimizer: str = "SGD"
+    learning_rate: float = 1.0
+    options: dict[str, float | bool | tuple[float, ...]] = {}
+
+
+class Protocol(_Section, frozen=True):
+    """How updates are summed.
+
+    Attributes:
+        aggregation: "masked" (nobody sees a single update) or "plain" (the server sees all of them: protects nothing).
+        mode: "active" (a server that lies is caught) or "semi-honest" (it is trusted to follow the protocol).
+        threshold: How many sites must stay to the end of a round; by default the least that the mode allows.
+        max_update: Largest absolute value of an entry of an update; larger ones are clipped.
+        max_weight: Most training rows of a site.
+        fraction_bits: f: weighted updates are rounded, without bias, to multiples of 2^-f.
+        ring_bits: Ring of the sum; by default the smallest that cannot wrap.
+        max_failed_rounds: Give up after so many lost rounds in a row.
+    """
+
+    aggregation: Literal["masked", "plain"] = "masked"
+    mode: Mode = "active"
+    threshold: int | None = None
+    max_update: float = 4.0
+    max_weight: int = 10_000
+    fraction_bits: int = 16
+    ring_bits: int | None = None
+    max_failed_rounds: int = 3
+
+
+class Privacy(_Section, frozen=True):
+    """What is promised to a record.
+
+    Attributes:
+        mechanism: "none" or "local-sgd": every site runs DP-SGD on its own records, so that the guarantee holds
+            against everyone outside the site, the other sites and the server included.
+        unit: What one record stands for. Only "record".
+        relation: "add-or-remove-one" or "replace-one".
+        epsilon: The budget for the whole study. Training stops before a round that would exceed it.
+        delta: Chance with which the bound may fail; below one over the number of records.
+        noise_multiplier: Deviation of the noise over the clip norm. By default the least that reaches `epsilon` in
+            the study's rounds.
+        l2_clip_norm: Longest gradient of one record.
+        sampling_rate: Chance of a record to be in a step, the same at every site.
+    """
+
+    mechanism: Literal["none", "local-sgd"] = "none"
+    unit: Literal["record"] = "record"
+    relation: Relation = Relation.ADD_OR_REMOVE_ONE
+    epsilon: float | None = None
+    delta: float | None = None
+    noise_multiplier: float | None = None
+    l2_clip_norm: float = 1.0
+    sampling_rate: float | None = None
+
+
+class Study(_Section, frozen=True):
+    """A whole study; see the attributes of each table.
+
+    Attributes:
+        name: For people, and for the run's folder.
+        rounds: Rounds of training.
+        seed: Of the initial model and the order of mini-batches. Never of anything that must stay secret.
+        device: Where training runs: "cpu", "cuda", or "auto" (cuda where there is one). Cryptography is on the CPU.
+        sites: At least three.
+    """
+
+    name: str
+    rounds: int
+    sites: tuple[SiteEntry, ...]
+    seed: int = 0
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    task: Task = Task()
+    model: Model = Model()
+    training: Training = Training(local_epochs=1)
+    server: Server = Server()
+    protocol: Protocol = Protocol()
+    privacy: Privacy = Privacy()
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """All sites in the order of the roster."""
+        return tuple(sorted(site.name for site in self.sites))
+
+    @property
+    def threshold(self) -> int:
+        """How many sites must stay in a round."""
+        if self.protocol.aggregation == "plain":
+            return self.protocol.threshold or 1
+        return self.protocol.threshold or least_threshold(len(self.sites), self.protocol.mode)
+
+    @property
+    def private(self) -> bool:
+        """Whether training is differentially private."""
+        return self.privacy.mechanism != "none"
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """How updates become ring elements."""
+        p = self.protocol
+        weight = p.max_weight if self.training.weighting == "records" else 1
+        return plan(len(self.sites), p.max_update, weight, fraction_bits=p.fraction_bits, ring_bits=p.ring_bits)
+
+    @property
+    def moments_fixed_point(self) -> FixedPoint:
+        """How the means of features and of their squares become ring elements, for `standardize = "global"`."""
+        return plan(len(self.sites), self.task.feature_bound**2, self.protocol.max_weight, fraction_bits=16)
+
+    @property
+    def local_steps(self) -> int | None:
+        """Steps a round that do not depend on a site's number of rows, or None (epochs without sampling rate)."""
+        if self.training.algorithm == "fedsgd":
+            return 1
+        if self.training.local_steps is not None:
+            return self.training.local_steps
+        if self.private and self.privacy.sampling_rate and self.training.local_epochs:
+            return max(1, round(self.training.local_epochs / self.privacy.sampling_rate))
+        return None
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes of SHA-256 over all that the sites must agree on (not where each keeps its data)."""
+        agreed = msgspec.structs.replace(self, sites=tuple(SiteEntry(name=name) for name in self.site_names))
+        return hashlib.sha256(b"secagg study %d\0" % FORMAT + msgspec.msgpack.encode(agreed, order="sorted")).digest()
+
+
+def load_study(path: str | Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        StudyError: The file is missing, is no TOML, or asks for what cannot be.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path}: expected a text file in UTF-8: {error}") from error
+    return parse_study(text, name=str(path))
+
+
+def parse_study(text: str, *, name: str = "study.toml") -> Study:
+    """A study from the text of its file; `name` is the file's, for messages.
+
+    Raises:
+        StudyError: As `load_study`.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{name}: no valid TOML: {error}") from error
+    try:
+        return msgspec.convert(table, Study)
+    except msgspec.ValidationError as error:
+        raise StudyError(f"{name}: {_readable(str(error), table)}") from None
+    except StudyError as error:
+        raise StudyError(f"{name}: {error}") from None
+
+
+def demo_study() -> Study:
+    """The study of `secagg demo`, which ships with the package: four hospitals, heart disease, DP-SGD."""
+    return parse_study(files("protocols").joinpath("data/demo.toml").read_text(encoding="utf-8"), name="demo.toml")
+
+
+def _readable(message: str, table: dict[str, Any]) -> str:
+    """The message of msgspec with the path first, and the value that came."""
+    what, _, path = message.partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    where = table_at(table, path)
+    if unknown := re.match(r"Object contains unknown field `(.*)`", what):
+        return (
+            f"{'.'.join(filter(None, [path, unknown[1]]))}: unknown key; check its spelling against the documentation"
+        )
+    if missing := re.match(r"Object missing required field `(.*)`", what):
+        return f"{'.'.join(filter(None, [path, missing[1]]))}: expected a value, got none"
+    return f"{path or 'the file'}: {what[:1].lower()}{what[1:]}" + (f" ({where!r})" if where is not None else "")
+
+
+def table_at(table: Any, path: str) -> object:  # noqa: ANN401 - whatever TOML holds
+    """The value at a path such as `sites[0].name`, or None."""
+    value = table
+    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
+        try:
+            value = value[int(index)] if index else value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value if not isinstance(value, dict | list) else None
+
+
+def _refuse(path: str, expected: str, came: object) -> None:
+    raise StudyError(f"{path}: expected {expected}, got {came!r}")
+
+
+def _check(study: Study) -> None:
+    """Everything that one field's type cannot say."""
+    names = [site.name for site in study.sites]
+    for i, name in enumerate(names):
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+            _refuse(f"sites[{i}].name", "1 to 64 letters, digits, '_', '-' or '.'", name)
+        if name in names[:i]:
+            _refuse(f"sites[{i}].name", "a name of its own", name)
+    if not re.fullmatch(r"[A-Za-z0-9_. -]{1,64}", study.name):
+        _refuse("name", "1 to 64 letters, digits, spaces, '_', '-' or '.'", study.name)
+    if study.rounds < 1:
+        _refuse("rounds", "at least 1", study.rounds)
+    if study.seed < 0:
+        _refuse("seed", "a number from 0", study.seed)
+    _check_task(study)
+    _check_model(study)
+    _check_training(study)
+    _check_protocol(study)
+    _check_privacy(study)
+
+
+def _check_task(study: Study) -> None:
+    task = study.task
+    if task.data == "heart-disease":
+        known = ("cleveland", "hungarian", "switzerland", "va")
+        for i, site in enumerate(study.sites):
+            if site.name not in known:
+                _refuse(f"sites[{i}].name", f"one of the heart disease data's {', '.join(known)}", site.name)
+            if site.data is not None:
+                _refuse(f"sites[{i}].data", 'no path, as task.data is "heart-disease"', site.data)
+        if task.features or task.target is not None:
+            _refuse("task.features", 'no features or target, as task.data is "heart-disease"', list(task.features))
+    else:
+        if not task.features:
+            _refuse("task.features", "the columns to learn from", [])
+        if task.target is None:
+            _refuse("task.target", "the column with the class", None)
+        if task.standardize == "public":
+            _refuse(
+                "task.standardize", '"global", "site" or "none", as only heart disease has public constants', "public"
+            )
+    if not 0 < task.test_fraction < 1:
+        _refuse("task.test_fraction", "a number between 0 and 1", task.test_fraction)
+    _positive("task.feature_bound", task.feature_bound)
+
+
+def _check_model(study: Study) -> None:
+    model = study.model
+    if model.kind == "factory" and not re.fullmatch(r"[\w.]+:\w+", model.factory or ""):
+        _refuse("model.factory", '"package.module:function"', model.factory)
+    if model.kind != "factory" and model.factory is not None:
+        _refuse("model.factory", f'none, as model.kind is "{model.kind}"', model.factory)
+    if model.kind == "mlp" and (not model.hidden or min(model.hidden) < 1):
+        _refuse("model.hidden", "widths of at least 1", list(model.hidden))
+
+
+def _check_training(study: Study) -> None:
+    training = study.training
+    given = [key for key in ("local_epochs", "local_steps") if getattr(training, key) is not None]
+    if training.algorithm == "fedsgd" and given:
+        _refuse(f"training.{given[0]}", "none: fedsgd takes one gradient a round", getattr(training, given[0]))
+    if training.algorithm == "fedavg" and len(given) != 1:
+        _refuse("training.local_epochs", "exactly one of local_epochs and local_steps", given)
+    for key in (*given, "batch_size"):
+        if getattr(training, key) < 1:
+            _refuse(f"training.{key}", "at least 1", getattr(training, key))
+    _positive("training.learning_rate", training.learning_rate)
+    _positive("server.learning_rate", study.server.learning_rate)
+    if not 0 <= training.momentum < 1:
+        _refuse("training.momentum", "at least 0 and below 1", training.momentum)
+
+
+def _check_protocol(study: Study) -> None:
+    protocol, n = study.protocol, len(study.sites)
+    masked = protocol.aggregation == "masked"
+    if masked and n < 3:
+        _refuse("sites", "at least 3: with two, the sum shows each the other's update", n)
+    if n < 1:
+        _refuse("sites", "at least 1", n)
+    least = least_threshold(n, protocol.mode) if masked else 1
+    if protocol.threshold is not None and not least <= protocol.threshold <= n:
+        _refuse(
+            "protocol.threshold",
+            f"{least} to {n} for {n} sites in {protocol.mode} mode" if masked else f"1 to {n}",
+            protocol.threshold,
+        )
+    if protocol.max_failed_rounds < 1:
+        _refuse("protocol.max_failed_rounds", "at least 1", protocol.max_failed_rounds)
+    for path, build in (("protocol", "fixed_point"), ("task.feature_bound", "moments_fixed_point")):
+        if path == "protocol" or study.task.standardize == "global":
+            try:
+                getattr(study, build)
+            except (HeadroomError, LocalProtocolError) as error:
+                raise StudyError(f"{path}: {error}") from error
+
+
+def _check_privacy(study: Study) -> None:
+    privacy = study.privacy
+    set_without = [key for key in ("epsilon", "delta", "noise_multiplier", "sampling_rate") if getattr(privacy, key)]
+    if not study.private:
+        if set_without:
+            _refuse(
+                "privacy.mechanism",
+                f'"local-sgd", as privacy.{set_without[0]} is set (or leave that out)',
+                privacy.mechanism,
+            )
+        return
+    if privacy.delta is None:
+        _refuse("privacy.delta", "a delta: an epsilon means nothing without one", None)
+    elif not 0 < privacy.delta < 1:
+        _refuse("privacy.delta", "a number between 0 and 1", privacy.delta)
+    if privacy.epsilon is None and privacy.noise_multiplier is None:
+        _refuse("privacy.epsilon", "an epsilon, a noise_multiplier or both", None)
+    for key in ("epsilon", "noise_multiplier", "l2_clip_norm"):
+        if getattr(privacy, key) is not None:
+            _positive(f"privacy.{key}", getattr(privacy, key))
+    if privacy.sampling_rate is None or not 0 < privacy.sampling_rate <= 1:
+        _refuse("privacy.sampling_rate", "above 0 and at most 1", privacy.sampling_rate)
+    if study.task.standardize in ("global", "site"):
+        _refuse(
+            "task.standardize",
+            '"public" or "none" under differential privacy: what is taken from the records is outside the account',
+            study.task.standardize,
+        )
+    if study.model.buffers != "refuse":
+        _refuse("model.buffers", '"refuse" under differential privacy', study.model.buffers)
+    if study.training.algorithm == "fedsgd" and study.training.momentum:
+        _refuse("training.momentum", "0 with fedsgd", study.training.momentum)
+
+
+def _positive(path: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        _refuse(path, "a finite number above 0", value)
