@@ -214,6 +214,16 @@ class Study(_Section, frozen=True):
         return self.protocol.threshold or least_threshold(len(self.sites), self.protocol.mode)
 
     @property
+    def colluders(self) -> int:
+        """How many sites may help the server without its learning another's update; meaningless for a plain sum.
+
+        Active: a server that shows different survivors to different sites needs 2 t sites to answer, of which those
+        who help it count twice, so c < 2 t - n. Semi-honest: c < t. Two sites must stay that do not help.
+        """
+        n, t = len(self.sites), self.threshold
+        return min(n - 2, 2 * t - n - 1 if self.protocol.mode == "active" else t - 1)
+
+    @property
     def private(self) -> bool:
         """Whether training is differentially private."""
         return self.privacy.mechanism != "none"

@@ -1,0 +1,276 @@
+"""The command `secagg`."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from protocols.coordinator import Coordinator
+    from protocols.run import Run
+    from protocols.study import Study
+
+app = typer.Typer(
+    name="secagg",
+    help="Learn one model, or compute one statistic, from data that no hospital may show.",
+    epilog="Exit codes: 0 done; 1 too many rounds were lost; 2 bad input; 3 the run could not be written; "
+    "4 the privacy budget stopped the study early.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Exit(enum.IntEnum):
+    """What the command tells the shell."""
+
+    LOST = 1
+    BAD_INPUT = 2
+    NOT_WRITTEN = 3
+    BUDGET = 4
+
+
+class Aggregation(enum.StrEnum):
+    """How updates are summed."""
+
+    masked = "masked"
+    plain = "plain"
+
+
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for the run. [default: runs/NAME-DATE-TIME]")]
+Json = Annotated[bool, typer.Option("--json", help="Print the run as JSON and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the run's folder.")]
+Drop = Annotated[
+    list[str] | None,
+    typer.Option("--drop", metavar="SITE:STAGE[:ROUND]", help="Lose the site's connection there, to see what happens."),
+]
+AggregationOption = Annotated[
+    Aggregation | None, typer.Option(help="Sum updates this way instead of the study's. [default: as the study says]")
+]
+
+
+@app.command()
+def demo(
+    out: Out = None,
+    aggregation: AggregationOption = None,
+    drop: Drop = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Four hospitals learn one model of heart disease: masked sums, DP-SGD at each, a drop-out on the way.
+
+    The data ship with the package (UCI Heart Disease). Without --drop, the va hospital drops out of round 7.
+    """
+    from protocols.study import demo_study
+
+    study = demo_study()
+    masked = aggregation in (None, Aggregation.masked)
+    default = "va:MaskedInput:7" if masked else "va:Submit:7"
+    _run(study, Path(), out, aggregation, drop or [default], baselines=True, json=json, quiet=quiet)
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.TOML", help="The study file.", show_default=False)],
+    out: Out = None,
+    aggregation: AggregationOption = None,
+    drop: Drop = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Also train the local, pooled and noiseless models, to compare with.")
+    ] = True,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a study with all its sites on this machine."""
+    from protocols.study import load_study
+    from secagg.errors import SecAggError
+
+    try:
+        loaded = load_study(study)
+    except SecAggError as error:
+        _fail(error, Exit.BAD_INPUT)
+    _run(loaded, study.parent, out, aggregation, drop or [], baselines=baselines, json=json, quiet=quiet)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Check this machine: versions, speed, and every primitive against known answers and a second library."""
+    from protocols.doctor import run_checks
+
+    checks = run_checks()
+    if json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(checks)) + b"\n")
+    else:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for check in checks:
+            table.add_row("[green]ok[/]" if check.ok else "[red]FAILED[/]", check.name, check.detail)
+        Console().print(table)
+    failed = [check.name for check in checks if not check.ok]
+    if failed:
+        _fail(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}", 1)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+def _run(
+    study: Study,
+    directory: Path,
+    out: Path | None,
+    aggregation: Aggregation | None,
+    drop: list[str],
+    *,
+    baselines: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    from dp import DpError
+    from protocols.engines.faulty import Fault
+    from protocols.errors import OutputError
+    from protocols.output import as_json, check_target, write_run
+    from protocols.run import load_data, run_study
+    from secagg.errors import SecAggError
+
+    screen = Console(stderr=True, quiet=quiet or json)
+    stamp = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    folder = out or Path("runs") / f"{study.name.replace(' ', '-')}-{stamp}"
+    try:
+        if aggregation is not None:
+            protocol = msgspec.structs.replace(study.protocol, aggregation=aggregation.value)
+            study = msgspec.structs.replace(study, protocol=protocol)
+        check_target(folder)
+        data = load_data(study, directory)
+        faults = tuple(Fault.parse(text) for text in drop)
+        _announce(screen, study)
+        with _progress(screen) as progress, warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda message, *_: screen.print(f"[bold red]Warning:[/] {message}")
+            task = progress.add_task("", total=study.rounds, stage="")
+
+            def listener(coordinator: Coordinator) -> None:
+                done = sum(r.purpose == "train" and r.outcome != "running" for r in coordinator.rounds)
+                progress.update(task, completed=done, stage=coordinator.stage)
+                if coordinator.finished and baselines:
+                    progress.update(task, stage="training the baselines")
+
+            result = run_study(study, data, faults=faults, baselines=baselines, listener=listener)
+    except OutputError as error:
+        _fail(error, Exit.NOT_WRITTEN)
+    except (SecAggError, DpError) as error:
+        _fail(error, Exit.BAD_INPUT)
+    if not json:
+        _report(Console(quiet=quiet), result)
+    failure: SecAggError | None = None
+    try:
+        write_run(result, folder)
+    except OutputError as error:
+        failure = error
+    if json:
+        sys.stdout.buffer.write(msgspec.json.encode(as_json(result)) + b"\n")
+    if failure is not None:
+        _fail(failure, Exit.NOT_WRITTEN)
+    if quiet:
+        sys.stdout.write(f"{folder}\n")
+    elif not json:
+        Console().print(f"Written to {folder}: model.safetensors, run.json", style="dim", highlight=False)
+    if result.stopped is not None:
+        _fail(f"the study ended early: {result.stopped}", Exit.BUDGET if "budget" in result.stopped else Exit.LOST)
+
+
+def _fail(error: object, code: int) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _announce(screen: Console, study: Study) -> None:
+    privacy = study.privacy
+    promise = "without differential privacy"
+    if study.private:
+        target = (
+            f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else f"noise {privacy.noise_multiplier:g}"
+        )
+        promise = f"DP-SGD at each site to {target}, delta {privacy.delta:g}"
+    screen.print(
+        f"[bold]{study.name}[/]: {len(study.sites)} sites, {study.rounds} rounds, {study.protocol.aggregation} sums "
+        f"(threshold {study.threshold}), {promise}",
+        highlight=False,
+    )
+
+
+def _progress(screen: Console) -> Progress:
+    columns = TextColumn("round"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[stage]}")
+    return Progress(*columns, TimeElapsedColumn(), console=screen, transient=True)
+
+
+def _report(screen: Console, result: Run) -> None:
+    """What federation gained, what it cost, and what privacy was spent."""
+    from protocols.output import stage_totals, statement
+
+    screen.print(_gains(result))
+    screen.print()
+    stages = Table(title="Cost", title_justify="left", box=None, pad_edge=False)
+    for heading in ("stage", "seconds", "kB up", "kB down"):
+        stages.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage, total in stage_totals(result).items():
+        stages.add_row(
+            stage, f"{total['seconds']:.2f}", f"{total['bytes_up'] / 1000:.1f}", f"{total['bytes_down'] / 1000:.1f}"
+        )
+    screen.print(stages)
+    screen.print(f"{result.seconds:.1f} s in all, {result.cpu_seconds:.1f} CPU-s for all sites and the server.\n")
+    for record in result.rounds:
+        for site, why in record.dropped.items():
+            left = "the sum of the others was recovered" if record.outcome == "opened" else "the round was lost"
+            screen.print(f"Round {record.number}: {site}: {why}; {left}.", highlight=False)
+    for entry in [line for site in result.sites.values() for line in site.log][:10]:
+        screen.print(entry, style="yellow", highlight=False)
+    screen.print(statement(result), highlight=False)
+
+
+def _gains(result: Run) -> Table:
+    columns = {"local": "own rows\nonly", "federated": "federated\nmodel", "pooled": "all rows\npooled"}
+    if any(site.without_privacy for site in result.sites.values()):
+        columns = {
+            "local": "own rows\nonly",
+            "federated": "federated\nprivate",
+            "without_privacy": "federated\nno noise",
+            "pooled": "all rows\npooled",
+        }
+    elif not any(site.local for site in result.sites.values()):
+        columns = {"federated": "federated\nmodel"}
+    table = Table(title="On each site's own test rows", title_justify="left", box=None, pad_edge=False)
+    for heading in ("\n", "\nsite", "rows\ntrain/test", *columns.values(), "epsilon\nspent"):
+        table.add_column(heading, justify="left" if heading.startswith("\n") else "right")
+    for measure, label in (("accuracy", "accuracy"), ("auc", "AUC")):
+        every: list[list[float | None]] = []
+        for name, site in result.sites.items():
+            figures = [getattr(getattr(site, column), measure, None) for column in columns]
+            every.append(figures)
+            epsilon = "-" if site.spent is None else f"{site.spent.epsilon:.3f}"
+            rows = f"{site.train_rows}/{site.test_rows}"
+            table.add_row(
+                label if name == next(iter(result.sites)) else "", name, rows, *map(_figure, figures), epsilon
+            )
+        means = [_mean(column) for column in zip(*every, strict=True)]
+        table.add_row("", "mean", "", *map(_figure, means), "", style="bold", end_section=True)
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _mean(values: tuple[float | None, ...]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

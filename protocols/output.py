@@ -1,0 +1,144 @@
+"""A run as a folder: `model.safetensors` and `run.json`, written whole or not at all."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from protocols.errors import OutputError
+from protocols.fedavg import model_bytes
+from protocols.run import Run
+from secagg.keys import fingerprint
+
+_PACKAGES = ("secagg", "torch", "numpy", "opacus", "dp-accounting", "cryptography", "msgspec", "scikit-learn")
+
+
+def statement(run: Run) -> str:
+    """In plain words, what the run guarantees to whom."""
+    study, sums = run.study, [record for record in run.rounds if record.purpose == "train"]
+    weight = max((record.weight for record in sums), default=0)
+    if study.protocol.aggregation == "masked":
+        first = (
+            f"The server saw the sum of the hospitals' updates and never one of them, as long as at most "
+            f"{study.colluders} of the {len(study.sites)} hospitals "
+            + ("help it." if study.protocol.mode == "active" else "help it and it follows the protocol itself.")
+        )
+    else:
+        first = "The server saw every hospital's update: aggregation was plain and protects nothing."
+    spent = [result.spent for result in run.sites.values() if result.spent is not None]
+    if not spent:
+        return f"{first} There is no differential privacy: the model itself may tell about single records."
+    worst = max(spent, key=lambda s: s.epsilon)
+    told = (
+        f" Not covered: that {weight} training rows took part in all, which the sum of the weights tells."
+        if study.training.weighting == "records"
+        else ""
+    )
+    return (
+        f"{first} Every training record is protected by ({worst.epsilon:.3f}, {worst.delta:g})-differential privacy "
+        f"({worst.relation}, one record, PLD accountant) against everyone outside its hospital: the server, the other "
+        f"hospitals, and whoever reads the model.{told}"
+    )
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """Everything about a run but the model, as plain values for JSON."""
+    rounds: list[dict[str, Any]] = []
+    for record in run.rounds:
+        entry = msgspec.to_builtins(record)
+        if record.number in run.per_round:
+            entry["test_metrics_before"] = msgspec.to_builtins(run.per_round[record.number])
+        rounds.append(entry)
+    return {
+        "format": 1,
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "study": msgspec.to_builtins(run.study),
+        "study_digest": run.study.digest.hex(),
+        "roster": {member.name: fingerprint(member.identity) for member in run.roster.members},
+        "features": list(run.features),
+        "statement": statement(run),
+        "stopped": run.stopped,
+        "seconds": run.seconds,
+        "cpu_seconds": run.cpu_seconds,
+        "sites": msgspec.to_builtins(run.sites),
+        "stages": stage_totals(run),
+        "rounds": rounds,
+    }
+
+
+def stage_totals(run: Run) -> dict[str, dict[str, float]]:
+    """Seconds and bytes of each stage, summed over the study."""
+    totals: dict[str, dict[str, float]] = {}
+    for record in run.rounds:
+        for stage in record.stages:
+            entry = totals.setdefault(stage.stage, {"seconds": 0.0, "bytes_up": 0, "bytes_down": 0})
+            entry["seconds"] += stage.seconds
+            entry["bytes_up"] += stage.bytes_up
+            entry["bytes_down"] += stage.bytes_down
+    return totals
+
+
+def check_target(folder: Path) -> None:
+    """Refuse, before anything is trained, a folder that a run could not be written to.
+
+    Raises:
+        OutputError: It exists already, or nothing can be written beside it.
+    """
+    if folder.exists():
+        raise OutputError(f"{folder} exists already; name another folder with --out, or remove it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder}: nothing can be written there: {error.strerror or error}") from error
+
+
+def write_run(run: Run, folder: Path) -> None:
+    """Write a run's folder in one move, so that a folder of that name is always whole.
+
+    Raises:
+        OutputError: It could not be written, for example because the disk is full. The run is then kept under the
+            system's temporary folder, if that can be written; the message says where, or that it is lost.
+    """
+    files = {
+        "model.safetensors": model_bytes(run.model),
+        "run.json": msgspec.json.format(msgspec.json.encode(as_json(run)), indent=2) + b"\n",
+    }
+    try:
+        _write_whole(files, folder)
+    except OSError as error:
+        what = f"{folder}: could not be written: {error.strerror or error}"
+        spare = Path(tempfile.gettempdir()) / f"secagg-{folder.name}-{os.urandom(4).hex()}"
+        try:
+            _write_whole(files, spare)
+        except OSError as second:
+            raise OutputError(
+                f"{what}; and neither could {spare}: {second.strerror or second}; free some space and run again"
+            ) from error
+        raise OutputError(f"{what}; the run is kept in {spare} instead: move it where you want it") from error
+
+
+def _write_whole(files: dict[str, bytes], folder: Path) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, content in files.items():
+            with (partial / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        partial.chmod(0o755)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

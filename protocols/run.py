@@ -1,0 +1,272 @@
+"""A whole study on one machine: every site is an object here, and the coordinator is driven to the end.
+
+Because all sites are on this machine, the result can say what no deployment could: how each site's own model does, and
+one trained on all rows put together. Those are the baselines that a federated model is judged by.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Struct
+
+from dp import Spent
+from protocols.coordinator import Coordinator, RoundRecord
+from protocols.datasets import SiteData, heart_disease, read_csv
+from protocols.engines import Engine
+from protocols.engines.faulty import Fault, Faulty
+from protocols.engines.in_process import InProcess
+from protocols.errors import DataError, StudyError
+from protocols.fedavg import build_model, evaluate, flatten, local_update, training_device
+from protocols.metrics import Metrics
+from protocols.site import Site
+from protocols.study import Privacy, Study, Training
+from secagg.keys import Identity, Roster
+from secagg.prg import Entropy
+
+# Below this many parameters, threads wait for each other longer than they work.
+_SMALL_MODEL = 200_000
+
+Listener = Callable[[Coordinator], None]
+
+
+class SiteResult(Struct, frozen=True):
+    """What came out for one site.
+
+    Attributes:
+        train_rows: Rows it trained on.
+        test_rows: Rows that every figure here is measured on.
+        federated: The study's model.
+        spent: Privacy cost of its records, or None without differential privacy.
+        log: What it refused or clipped, and why.
+        local: A model trained at this site alone, as long and without noise; None where no baselines were asked for.
+        without_privacy: The same study without differential privacy; None where it had none.
+        pooled: A model trained on all sites' rows together, without noise.
+    """
+
+    train_rows: int
+    test_rows: int
+    federated: Metrics | None
+    spent: Spent | None
+    log: tuple[str, ...]
+    local: Metrics | None = None
+    without_privacy: Metrics | None = None
+    pooled: Metrics | None = None
+
+
+class Run(Struct, frozen=True):
+    """A finished study.
+
+    Attributes:
+        study: What was asked for.
+        roster: The sites' public keys, made for this run.
+        model: The last global model.
+        features: Names of its inputs.
+        rounds: What happened in each sum.
+        per_round: For each round of training, each site's metrics of the model that the round started from.
+        sites: By name.
+        stopped: Why the study ended early, or None.
+        seconds: Wall time of the study itself, without baselines.
+        cpu_seconds: Its CPU time.
+    """
+
+    study: Study
+    roster: Roster
+    model: torch.nn.Module
+    features: tuple[str, ...]
+    rounds: list[RoundRecord]
+    per_round: dict[int, dict[str, Metrics]]
+    sites: dict[str, SiteResult]
+    stopped: str | None
+    seconds: float
+    cpu_seconds: float
+
+
+def load_data(study: Study, directory: Path = Path()) -> dict[str, SiteData]:
+    """Every site's rows, raw.
+
+    Args:
+        study: Says which data.
+        directory: Where relative paths of sites' files start: the folder of the study file.
+
+    Raises:
+        DataError: Rows that cannot be used, by site, file, column and line.
+        StudyError: A site without a path, where the study needs one.
+    """
+    task = study.task
+    if task.data == "heart-disease":
+        every = heart_disease(task.preprocessing, test_fraction=task.test_fraction, split_seed=task.split_seed)
+        return {name: every[name] for name in study.site_names}
+    data = {}
+    for i, entry in enumerate(study.sites):
+        if entry.data is None:
+            raise StudyError(f"sites[{i}].data: expected the path of {entry.name}'s file, got none")
+        data[entry.name] = read_csv(
+            directory / entry.data,
+            site=entry.name,
+            features=task.features,
+            target=task.target or "",
+            test_fraction=task.test_fraction,
+            split_seed=task.split_seed,
+        )
+    return {name: data[name] for name in study.site_names}
+
+
+def run_study(
+    study: Study,
+    data: Mapping[str, SiteData],
+    *,
+    faults: tuple[Fault, ...] = (),
+    baselines: bool = False,
+    entropy: Entropy = os.urandom,
+    listener: Listener | None = None,
+) -> Run:
+    """Run a study with all its sites in this process.
+
+    Args:
+        study: What is to be done.
+        data: Each site's raw rows, as from `load_data`.
+        faults: Messages to lose on purpose.
+        baselines: Whether to train the local, the pooled and the noiseless federated model as well.
+        entropy: Source of all keys, masks, rounding and privacy noise.
+        listener: Called after every stage, for progress.
+
+    Raises:
+        StudyError, DataError: Before anything is trained.
+    """
+    for fault in faults:
+        if fault.site not in study.site_names:
+            raise StudyError(f"a drop-out of {fault.site!r}, who is none of the sites {', '.join(study.site_names)}")
+    features = {site.features for site in data.values()}
+    if len(features) != 1:
+        raise DataError(f"the sites' columns differ: {sorted(features)}")
+    identities = {name: Identity.generate(entropy) for name in study.site_names}
+    roster = Roster.of({name: identity.public for name, identity in identities.items()})
+    (columns,) = features
+    model = build_model(study, len(columns))
+    with _threads_for(model):
+        sites = [Site(study, name, identities[name], roster, data[name], entropy) for name in study.site_names]
+        coordinator = Coordinator(study, roster, model, len(columns))
+        in_process = InProcess(sites)
+        wall, cpu = time.perf_counter(), time.process_time()
+        drive(coordinator, Faulty(in_process, faults) if faults else in_process, listener)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        results = {
+            site.name: SiteResult(
+                train_rows=data[site.name].train_rows,
+                test_rows=data[site.name].test_rows,
+                federated=next((e.metrics for e in reversed(site.evaluations) if e.round is None), None),
+                spent=site.spent(in_process.states[site.name]),
+                log=tuple(site.log),
+            )
+            for site in sites
+        }
+        if baselines and coordinator.stopped is None:
+            results = _with_baselines(study, data, sites, results, entropy)
+    per_round: dict[int, dict[str, Metrics]] = {}
+    for site in sites:
+        for evaluation in site.evaluations:
+            if evaluation.round is not None:
+                per_round.setdefault(evaluation.round, {})[site.name] = evaluation.metrics
+    return Run(
+        study=study,
+        roster=roster,
+        model=coordinator.model,
+        features=columns,
+        rounds=coordinator.rounds,
+        per_round=per_round,
+        sites=results,
+        stopped=coordinator.stopped,
+        seconds=wall,
+        cpu_seconds=cpu,
+    )
+
+
+def drive(coordinator: Coordinator, engine: Engine, listener: Listener | None = None) -> None:
+    """Carry a coordinator to the end of its study over an engine, timing each stage."""
+    while requests := coordinator.requests():
+        start = time.perf_counter()
+        for site, reply in engine.exchange(requests):
+            coordinator.receive(site, reply)
+        coordinator.close_stage(time.perf_counter() - start)
+        if listener is not None:
+            listener(coordinator)
+
+
+def _with_baselines(
+    study: Study, data: Mapping[str, SiteData], sites: list[Site], results: dict[str, SiteResult], entropy: Entropy
+) -> dict[str, SiteResult]:
+    device = training_device(study.device)
+    standardized = {site.name: site.data for site in sites}
+    pooled_model = _alone(study, _pool(standardized), device)
+    noiseless: Mapping[str, SiteResult] = {}
+    if study.private:
+        noiseless = run_study(_without_privacy(study, data), data, entropy=entropy).sites
+    return {
+        name: msgspec.structs.replace(
+            result,
+            local=evaluate(_alone(study, standardized[name], device), standardized[name], device),
+            pooled=evaluate(pooled_model, standardized[name], device),
+            without_privacy=noiseless[name].federated if name in noiseless else None,
+        )
+        for name, result in results.items()
+    }
+
+
+def _alone(study: Study, data: SiteData, device: torch.device) -> torch.nn.Module:
+    """A model from the study's start, trained on these rows alone for as many steps as a site takes in the study."""
+    model = build_model(study, len(data.features))
+    training = _plain_training(study, data.train_rows)
+    steps = study.rounds * (training.local_steps or 1)
+    if training.local_epochs is not None:
+        steps = study.rounds * training.local_epochs * -(-data.train_rows // training.batch_size)
+    training = msgspec.structs.replace(training, local_steps=steps, local_epochs=None)
+    local_update(model, data, training, device, seed=(study.seed, len(study.sites)), steps_done=0)
+    return model
+
+
+def _plain_training(study: Study, rows: int) -> Training:
+    """The study's local training as plain mini-batch SGD: the same number of steps over the same share of the rows."""
+    training = study.training
+    if training.algorithm == "fedsgd":
+        return msgspec.structs.replace(
+            training, algorithm="fedavg", local_steps=1, batch_size=rows, learning_rate=study.server.learning_rate
+        )
+    if study.private and study.privacy.sampling_rate is not None:
+        batch = max(1, round(study.privacy.sampling_rate * rows))
+        return msgspec.structs.replace(training, local_steps=study.local_steps, local_epochs=None, batch_size=batch)
+    return training
+
+
+def _without_privacy(study: Study, data: Mapping[str, SiteData]) -> Study:
+    rows = sum(site.train_rows for site in data.values()) // len(data)
+    training = study.training if study.training.algorithm == "fedsgd" else _plain_training(study, rows)
+    return msgspec.structs.replace(study, privacy=Privacy(), training=training)
+
+
+def _pool(data: Mapping[str, SiteData]) -> SiteData:
+    sites = list(data.values())
+    joined = {
+        part: np.concatenate([getattr(site, part) for site in sites])
+        for part in ("train_x", "train_y", "test_x", "test_y")
+    }
+    return SiteData(site="pooled", features=sites[0].features, **joined)
+
+
+@contextmanager
+def _threads_for(model: torch.nn.Module) -> Iterator[None]:
+    """One thread for a small model, torch's own choice for a large one."""
+    before = torch.get_num_threads()
+    if flatten(model).size < _SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
