@@ -7,7 +7,6 @@ bytes in and bytes out, so that the coordinator, the sites and the engines do no
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
@@ -229,18 +228,18 @@ class _MaskedServer:
 
 
 class Plain:
-    """No protection: the server sees every vector. For comparison, and it says so."""
+    """No protection: the server sees every vector. For comparison; a coordinator that uses it warns."""
 
     name: ClassVar[str] = "plain"
     stages: tuple[str, ...] = ("Submit",)
     contributes_at = "Submit"
 
+    def __init__(self, threshold: int) -> None:
+        self._threshold = threshold
+
     def server(self, session: Session) -> SumServer:
-        """The server of one sum, with a warning."""
-        warnings.warn(
-            'aggregation = "plain" protects nothing: the server reads every site\'s update', Unprotected, stacklevel=2
-        )
-        return _PlainServer(session)
+        """The server of one sum."""
+        return _PlainServer(session, self._threshold)
 
     def begin(
         self, session: Session, me: int, identity: Identity, entropy: Entropy, vector: RingVector | None = None
@@ -267,8 +266,8 @@ class Plain:
 class _PlainServer:
     stage = "Submit"
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, threshold: int) -> None:
+        self._session, self._threshold = session, threshold
         self._total = session.ring.zeros(session.dimension)
         self._contributors: frozenset[int] = frozenset()
         self.result: Sum | None = None
@@ -288,8 +287,8 @@ class _PlainServer:
         self._contributors |= {sender}
 
     def close(self) -> None:
-        if not self._contributors:
-            raise BelowThreshold("Submit", 0, 1)
+        if len(self._contributors) < self._threshold:
+            raise BelowThreshold("Submit", len(self._contributors), self._threshold)
         self.result = Sum(self._session.ring.reduce(self._total), self._contributors)
 
 

@@ -137,6 +137,7 @@ def _run(
     quiet: bool,
 ) -> None:
     from dp import DpError
+    from protocols.aggregation import Unprotected
     from protocols.engines.faulty import Fault
     from protocols.errors import OutputError
     from protocols.output import as_json, check_target, write_run
@@ -155,8 +156,10 @@ def _run(
         faults = tuple(Fault.parse(text) for text in drop)
         _announce(screen, study)
         with _progress(screen) as progress, warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = lambda message, *_: screen.print(f"[bold red]Warning:[/] {message}")
+            warnings.simplefilter("always", Unprotected)
+            # Also with --quiet: that a run protects nothing is never kept quiet.
+            loud = Console(stderr=True)
+            warnings.showwarning = lambda message, *_: loud.print(f"[bold red]Warning:[/] {message}")
             task = progress.add_task("", total=study.rounds, stage="")
 
             def listener(coordinator: Coordinator) -> None:

@@ -13,13 +13,14 @@ leaves the model as it was.
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import numpy as np
 import torch
 from msgspec import Struct
 
-from protocols.aggregation import Sum, SumServer
+from protocols.aggregation import Sum, SumServer, Unprotected
 from protocols.fedavg import ServerOptimizer, flatten, model_bytes, model_digest
 from protocols.messages import Purpose, Refusal, Reply, Request, Work
 from protocols.sessions import Sums
@@ -89,6 +90,9 @@ class Coordinator:
 
     Raises:
         StudyError: Study, roster and model do not belong together.
+
+    Warns:
+        Unprotected: The study's sums are plain.
     """
 
     def __init__(self, study: Study, roster: Roster, model: torch.nn.Module, features: int) -> None:
@@ -98,6 +102,9 @@ class Coordinator:
         self._study = study
         self._sums = Sums(study, roster, features, flatten(model).size)
         self._optimizer = ServerOptimizer(model, study.server)
+        if study.protocol.aggregation == "plain":
+            text = 'aggregation = "plain" protects nothing: the server reads every site\'s update'
+            warnings.warn(text, Unprotected, stacklevel=2)
         self._purposes: list[Purpose] = ["standardize"] if study.task.standardize == "global" else []
         self._purposes += ["train"] * study.rounds
         self._purposes.append("finish")

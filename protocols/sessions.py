@@ -35,7 +35,9 @@ class Sums:
             raise StudyError(f"sites: the study has {list(study.site_names)}, the roster {list(names)}")
         protocol = study.protocol
         self.roster = roster
-        self.scheme: Scheme = Masked(protocol.mode) if protocol.aggregation == "masked" else Plain()
+        self.scheme: Scheme = Plain(study.threshold)
+        if protocol.aggregation == "masked":
+            self.scheme = Masked(protocol.mode)
         # A plain sum needs no parameters of a protocol; it borrows those that any roster can have.
         threshold = study.threshold if protocol.aggregation == "masked" else len(roster)
         try:

@@ -1,0 +1,51 @@
+# Two commands are all that a newcomer needs: `make demo` and `make test`. Both set everything up by themselves.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test test-slow check lint types contracts bench clean
+
+help:
+	@echo "make demo       four hospitals train one model (sets up .venv first)"
+	@echo "make test       the everyday test suite"
+	@echo "make check      what CI runs: test, lint, types, import contracts"
+	@echo "make test-slow  the long tests"
+	@echo "make bench      all benchmarks, with their targets checked; JSON to benchmarks/results"
+	@echo "make setup      .venv with everything; quick when nothing changed"
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, this is %d.%d; say which with make PYTHON=..." % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/secagg demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+contracts: setup
+	$(BIN)/lint-imports
+
+check: test lint types contracts
+
+bench: setup
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/masking.py --check --json benchmarks/results/masking.json
+	$(BIN)/python benchmarks/flamby_heart.py --check --json benchmarks/results/flamby_heart.json
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
