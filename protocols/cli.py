@@ -47,16 +47,14 @@ class Aggregation(enum.StrEnum):
     plain = "plain"
 
 
-Out = Annotated[Path | None, typer.Option("--out", help="Folder for the run. [default: runs/NAME-DATE-TIME]")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for the run; runs/NAME-DATE-TIME if not given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the run as JSON and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the run's folder.")]
 Drop = Annotated[
     list[str] | None,
     typer.Option("--drop", metavar="SITE:STAGE[:ROUND]", help="Lose the site's connection there, to see what happens."),
 ]
-AggregationOption = Annotated[
-    Aggregation | None, typer.Option(help="Sum updates this way instead of the study's. [default: as the study says]")
-]
+AggregationOption = Annotated[Aggregation | None, typer.Option(help="Sum updates this way, whatever the study says.")]
 
 
 @app.command()
@@ -64,6 +62,9 @@ def demo(
     out: Out = None,
     aggregation: AggregationOption = None,
     drop: Drop = None,
+    show_study: Annotated[
+        bool, typer.Option("--show-study", help="Print the demo's study.toml, to start your own from, and end.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,8 +72,11 @@ def demo(
 
     The data ship with the package (UCI Heart Disease). Without --drop, the va hospital drops out of round 7.
     """
-    from protocols.study import demo_study
+    from protocols.study import DEMO_TEXT, demo_study
 
+    if show_study:
+        sys.stdout.write(DEMO_TEXT)
+        return
     study = demo_study()
     masked = aggregation in (None, Aggregation.masked)
     default = "va:MaskedInput:7" if masked else "va:Submit:7"
@@ -221,8 +225,9 @@ def _report(screen: Console, result: Run) -> None:
     """What federation gained, what it cost, and what privacy was spent."""
     from protocols.output import stage_totals, statement
 
-    screen.print(_gains(result))
-    screen.print()
+    for measure, title in (("accuracy", "Accuracy"), ("auc", "AUC")):
+        screen.print(_gains(result, measure, f"{title} on each site's own test rows"))
+        screen.print()
     stages = Table(title="Cost", title_justify="left", box=None, pad_edge=False)
     for heading in ("stage", "seconds", "kB up", "kB down"):
         stages.add_column(heading, justify="left" if heading == "stage" else "right")
@@ -241,32 +246,23 @@ def _report(screen: Console, result: Run) -> None:
     screen.print(statement(result), highlight=False)
 
 
-def _gains(result: Run) -> Table:
-    columns = {"local": "own rows\nonly", "federated": "federated\nmodel", "pooled": "all rows\npooled"}
+def _gains(result: Run, measure: str, title: str) -> Table:
+    columns = {"federated": "federated"}
+    if any(site.local for site in result.sites.values()):
+        columns = {"local": "own rows only", "federated": "federated", "pooled": "rows pooled"}
     if any(site.without_privacy for site in result.sites.values()):
-        columns = {
-            "local": "own rows\nonly",
-            "federated": "federated\nprivate",
-            "without_privacy": "federated\nno noise",
-            "pooled": "all rows\npooled",
-        }
-    elif not any(site.local for site in result.sites.values()):
-        columns = {"federated": "federated\nmodel"}
-    table = Table(title="On each site's own test rows", title_justify="left", box=None, pad_edge=False)
-    for heading in ("\n", "\nsite", "rows\ntrain/test", *columns.values(), "epsilon\nspent"):
-        table.add_column(heading, justify="left" if heading.startswith("\n") else "right")
-    for measure, label in (("accuracy", "accuracy"), ("auc", "AUC")):
-        every: list[list[float | None]] = []
-        for name, site in result.sites.items():
-            figures = [getattr(getattr(site, column), measure, None) for column in columns]
-            every.append(figures)
-            epsilon = "-" if site.spent is None else f"{site.spent.epsilon:.3f}"
-            rows = f"{site.train_rows}/{site.test_rows}"
-            table.add_row(
-                label if name == next(iter(result.sites)) else "", name, rows, *map(_figure, figures), epsilon
-            )
-        means = [_mean(column) for column in zip(*every, strict=True)]
-        table.add_row("", "mean", "", *map(_figure, means), "", style="bold", end_section=True)
+        noisy = {"federated": "federated, private", "without_privacy": "federated, no noise"}
+        columns = {"local": "own rows only", **noisy, "pooled": "rows pooled"}
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("site", no_wrap=True)
+    for heading in ("train rows", "test rows", *columns.values(), "epsilon spent"):
+        table.add_column(heading, justify="right", width=max(5, *map(len, heading.split())))
+    every: list[list[float | None]] = []
+    for name, site in result.sites.items():
+        every.append([getattr(getattr(site, column), measure, None) for column in columns])
+        epsilon = "-" if site.spent is None else f"{site.spent.epsilon:.3f}"
+        table.add_row(name, str(site.train_rows), str(site.test_rows), *map(_figure, every[-1]), epsilon)
+    table.add_row("mean", "", "", *(_figure(_mean(values)) for values in zip(*every, strict=True)), "", style="bold")
     return table
 
 

@@ -24,6 +24,8 @@ from secagg.fixed_point import FixedPoint, plan
 from secagg.masking.params import Mode, least_threshold
 
 FORMAT = 1
+DEMO_TEXT = files("protocols").joinpath("data/demo.toml").read_text(encoding="utf-8")
+"""The study file of `secagg demo`."""
 
 
 class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -293,7 +295,7 @@ def parse_study(text: str, *, name: str = "study.toml") -> Study:
 
 def demo_study() -> Study:
     """The study of `secagg demo`, which ships with the package: four hospitals, heart disease, DP-SGD."""
-    return parse_study(files("protocols").joinpath("data/demo.toml").read_text(encoding="utf-8"), name="demo.toml")
+    return parse_study(DEMO_TEXT, name="demo.toml")
 
 
 def _readable(message: str, table: dict[str, Any]) -> str:
