@@ -223,11 +223,13 @@ def _progress(screen: Console) -> Progress:
 
 def _report(screen: Console, result: Run) -> None:
     """What federation gained, what it cost, and what privacy was spent."""
-    from protocols.output import stage_totals, statement
+    from protocols.output import stage_totals, statement, summary
 
     for measure, title in (("accuracy", "Accuracy"), ("auc", "AUC")):
         screen.print(_gains(result, measure, f"{title} on each site's own test rows"))
         screen.print()
+    if told := summary(result):
+        screen.print(f"{told}\n", highlight=False)
     stages = Table(title="Cost", title_justify="left", box=None, pad_edge=False)
     for heading in ("stage", "seconds", "kB up", "kB down"):
         stages.add_column(heading, justify="left" if heading == "stage" else "right")
@@ -236,7 +238,9 @@ def _report(screen: Console, result: Run) -> None:
             stage, f"{total['seconds']:.2f}", f"{total['bytes_up'] / 1000:.1f}", f"{total['bytes_down'] / 1000:.1f}"
         )
     screen.print(stages)
-    screen.print(f"{result.seconds:.1f} s in all, {result.cpu_seconds:.1f} CPU-s for all sites and the server.\n")
+    check = ", the budget's check at AdvertiseKeys included" if result.study.private else ""
+    cost = f"{result.seconds:.1f} s in all, {result.cpu_seconds:.1f} CPU-s for all sites and the server{check}.\n"
+    screen.print(cost, highlight=False)
     for record in result.rounds:
         for site, why in record.dropped.items():
             left = "the sum of the others was recovered" if record.outcome == "opened" else "the round was lost"

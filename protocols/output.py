@@ -49,6 +49,30 @@ def statement(run: Run) -> str:
     )
 
 
+def summary(run: Run) -> str:
+    """In plain words, what federation gained and what privacy cost, by AUC; empty without baselines."""
+    gained = {
+        name: site.federated.auc - site.local.auc
+        for name, site in run.sites.items()
+        if site.federated is not None and site.local is not None
+        if site.federated.auc is not None and site.local.auc is not None
+    }
+    if not gained:
+        return ""
+    text = f"Federation changed the mean AUC by {sum(gained.values()) / len(gained):+.3f} over a site's own rows only"
+    noise = [
+        site.federated.auc - site.without_privacy.auc
+        for site in run.sites.values()
+        if site.federated is not None and site.without_privacy is not None
+        if site.federated.auc is not None and site.without_privacy.auc is not None
+    ]
+    if noise:
+        quiet = sum(gained.values()) / len(gained) - sum(noise) / len(noise)
+        text += f"; without the noise of differential privacy it would have been {quiet:+.3f}"
+    no_gain = [f"{name} ({change:+.3f})" for name, change in gained.items() if change <= 0]
+    return f"{text}." + (f" No gain for {', '.join(no_gain)}." if no_gain else "")
+
+
 def as_json(run: Run) -> dict[str, Any]:
     """Everything about a run but the model, as plain values for JSON."""
     rounds: list[dict[str, Any]] = []
@@ -67,6 +91,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "roster": {member.name: fingerprint(member.identity) for member in run.roster.members},
         "features": list(run.features),
         "statement": statement(run),
+        "summary": summary(run),
         "stopped": run.stopped,
         "seconds": run.seconds,
         "cpu_seconds": run.cpu_seconds,
