@@ -45,12 +45,12 @@ class Sum(Struct, frozen=True):
     Attributes:
         total: Shape [dimension] over the session's ring.
         contributors: Numbers of the participants whose vectors it sums.
-        liars: Participants whose shares of others' secrets were wrong.
+        suspects: Participants whose shares of others' secrets did not fit.
     """
 
     total: RingVector
     contributors: frozenset[int]
-    liars: frozenset[int] = frozenset()
+    suspects: frozenset[int] = frozenset()
 
 
 class SumServer(Protocol):
@@ -182,7 +182,7 @@ class _MaskedServer:
     @property
     def result(self) -> Sum | None:
         state = self._state
-        return Sum(state.total, state.survivors, state.liars) if isinstance(state, server.Opened) else None
+        return Sum(state.total, state.survivors, state.suspects) if isinstance(state, server.Opened) else None
 
     def requests(self) -> dict[int, bytes]:
         # The same directory goes to everyone: encode it once.
@@ -330,6 +330,10 @@ def secure_mean(
     if values.keys() != weights.keys():
         raise LocalProtocolError(f"values of {sorted(values)} but weights of {sorted(weights)}")
     names = sorted(values)
+    for name in names:
+        weight = weights[name]
+        if isinstance(weight, bool) or not isinstance(weight, int) or weight < 0:
+            raise LocalProtocolError(f"{name}: expected a weight that is a whole number from 0, got {weight!r}")
     identities = {name: Identity.generate(entropy) for name in names}
     roster = Roster.of({name: identities[name].public for name in names})
     params = Params(roster, threshold or least_threshold(len(names), "active"))

@@ -13,10 +13,11 @@ leaves the model as it was.
 
 from __future__ import annotations
 
+import math
 import warnings
+from fractions import Fraction
 from typing import Literal
 
-import numpy as np
 import torch
 from msgspec import Struct
 
@@ -25,7 +26,7 @@ from protocols.fedavg import ServerOptimizer, flatten, model_bytes, model_digest
 from protocols.messages import Purpose, Refusal, Reply, Request, Work
 from protocols.sessions import Sums
 from protocols.study import Study
-from secagg.errors import SecAggError
+from secagg.errors import RemoteProtocolError, SecAggError
 from secagg.keys import Roster
 from secagg.wire import decode_any, encode
 
@@ -112,7 +113,7 @@ class Coordinator:
         self._std: tuple[float, ...] = ()
         self._failed = 0
         self._sum: SumServer | None = None
-        self._asked: dict[str, int] = {}
+        self._requests: dict[str, bytes] = {}
         self._answered: set[str] = set()
         self._bytes_up = 0
         self._begin()
@@ -136,6 +137,8 @@ class Coordinator:
         """What to send to which site in this stage; empty when the study is done."""
         if self.finished:
             return {}
+        if self._requests:
+            return dict(self._requests)  # asked again within the stage: the same, and what has come is kept
         roster, work = self._sums.roster, None
         bodies = dict.fromkeys(range(len(roster)), b"")
         if self._sum is not None:
@@ -148,9 +151,9 @@ class Coordinator:
             )
             for u, body in bodies.items()
         }
-        self._asked = {name: len(request) for name, request in requests.items()}
+        self._requests = requests
         self._answered, self._bytes_up = set(), 0
-        return requests
+        return dict(requests)
 
     def receive(self, site: str, reply: bytes) -> None:
         """Take a site's answer to this stage's request. What is wrong with it is recorded, and the site is out.
@@ -160,7 +163,7 @@ class Coordinator:
             reply: An encoded `Answer` or `Refusal`.
         """
         record = self.rounds[-1]
-        if site not in self._asked or site in self._answered or site in record.dropped:
+        if site not in self._requests or site in self._answered or site in record.dropped:
             record.faults.append(f"{site}: answered unasked, late or twice; ignored")
             return
         self._bytes_up += len(reply)
@@ -187,16 +190,17 @@ class Coordinator:
         record.stages.append(
             StageRecord(
                 stage=self.stage,
-                asked=len(self._asked),
+                asked=len(self._requests),
                 answered=len(self._answered),
-                bytes_down=sum(self._asked.values()),
+                bytes_down=sum(map(len, self._requests.values())),
                 bytes_up=self._bytes_up,
                 seconds=seconds,
             )
         )
-        for site in self._asked.keys() - self._answered - record.dropped.keys():
-            record.dropped[site] = f"no answer at {self.stage}"
-        self._asked = {}
+        for site in self._requests:
+            if site not in self._answered:
+                record.dropped.setdefault(site, f"no answer at {self.stage}")
+        self._requests = {}
         if self._sum is None:
             record.outcome = "opened"
             self._purposes.clear()
@@ -217,16 +221,28 @@ class Coordinator:
     def _apply(self, record: RoundRecord, result: Sum) -> None:
         """Put an opened sum to its use; the model moves only after every check."""
         name = self._sums.roster.name
-        weight, mean = self._sums.fixed_point(record.purpose).decode(result.total)
         if record.purpose == "standardize":
-            first, second = np.split(mean, 2)
-            variance = np.maximum(second - first**2, 0.0) * weight / max(1, weight - 1)
-            self._mean, self._std = tuple(first.tolist()), tuple(np.sqrt(variance).tolist())
+            weight = self._take_moments(self._sums.exact.decode(result.total))
         else:
+            weight, mean = self._sums.fixed_point.decode(result.total)
             self._optimizer.step(mean)
         record.outcome, record.weight = "opened", weight
         record.contributors = tuple(name(u) for u in sorted(result.contributors))
-        record.faults += [f"{name(u)}: sent wrong shares of others' secrets" for u in sorted(result.liars)]
+        record.faults += [
+            f"{name(u)}: its shares of another's secret do not fit the rest: it lied, or was given such shares"
+            for u in sorted(result.suspects)
+        ]
+
+    def _take_moments(self, sums: list[Fraction]) -> int:
+        """Means and deviations (divisor n - 1) from the sums of rows, features and their squares; gives the rows."""
+        rows, half = sums[0], len(sums) // 2
+        if rows.denominator != 1 or not 2 <= rows <= len(self._sums.roster) * self._study.protocol.max_weight:
+            raise RemoteProtocolError(f"the sites' rows add up to {float(rows)}: a site sent sums outside its bounds")
+        first, second = sums[1 : half + 1], sums[half + 1 :]
+        variances = [(b - a * a / rows) / (rows - 1) for a, b in zip(first, second, strict=True)]
+        self._mean = tuple(float(a / rows) for a in first)
+        self._std = tuple(math.sqrt(max(0.0, float(v))) for v in variances)
+        return int(rows)
 
     def _fail(self, record: RoundRecord, error: SecAggError) -> None:
         record.outcome = "failed"

@@ -8,11 +8,13 @@ optimization", algorithm 1).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,15 @@ from dp import Entropy
 from dp.sgd import DpSgdPlan
 from dp.sgd import train as train_privately
 from protocols.datasets import SiteData
-from protocols.errors import StudyError
+from protocols.errors import DataError, StudyError
 from protocols.metrics import Metrics, evaluate_scores
 from protocols.study import Server, Study, Training
 from secagg.errors import DecodeError, LocalProtocolError
 
 Vector = npt.NDArray[np.float32]
+
+# What a model's own code may raise, torch's complaints about shapes and dtypes included.
+_MODEL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
 
 
 class Update(Struct, frozen=True):
@@ -94,9 +99,13 @@ def _network(study: Study, features: int) -> nn.Module:
         return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
     module, _, function = (spec.factory or "").partition(":")
     try:
-        model = getattr(importlib.import_module(module), function)(features)
+        factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise StudyError(f"model.factory: {spec.factory!r} cannot be imported: {error}") from error
+    try:
+        model = factory(features)
+    except _MODEL_ERRORS as error:
+        raise StudyError(f"model.factory: {spec.factory}({features}) raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise StudyError(f"model.factory: expected a torch.nn.Module from {spec.factory}, got {type(model).__name__}")
     return model
@@ -117,7 +126,7 @@ def load_model_bytes(model: nn.Module, data: bytes) -> None:
     """
     try:
         tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a number format that torch does not have
         raise DecodeError(f"no safetensors model: {error}") from error
     own = model.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
@@ -148,11 +157,16 @@ def gradient_update(model: nn.Module, data: SiteData, device: torch.device) -> U
     """FedSGD: the negative gradient of the mean loss over all training rows; buffers take no part."""
     x, y = _tensors(data, device)
     model.to(device).train()
+    with _model_faults(model):
+        return _gradient_update(model, x, y)
+
+
+def _gradient_update(model: nn.Module, x: Tensor, y: Tensor) -> Update:
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(_loss(model(x), y), parameters)
     flat = torch.cat([g.reshape(-1) for g in gradients]).cpu().numpy()
     buffers = np.zeros(flatten(model).size - flat.size, np.float32)
-    return Update(np.concatenate([-flat, buffers]), data.train_rows, 1)
+    return Update(np.concatenate([-flat, buffers]), len(y), 1)
 
 
 def local_update(
@@ -181,10 +195,11 @@ def local_update(
     steps = training.local_steps
     if steps is None:
         steps = (training.local_epochs or 1) * math.ceil(data.train_rows / training.batch_size)
-    for rows in _batches(data.train_rows, training.batch_size, seed, steps_done, steps):
-        optimizer.zero_grad()
-        _loss(model(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    with _model_faults(model):
+        for rows in _batches(data.train_rows, training.batch_size, seed, steps_done, steps):
+            optimizer.zero_grad()
+            _loss(model(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
     return Update(flatten(model) - before, data.train_rows, steps)
 
 
@@ -196,7 +211,8 @@ def private_update(model: nn.Module, data: SiteData, study: Study, plan: DpSgdPl
     before = flatten(model)
     x, y = _tensors(data, training_device(study.device))
     model.to(x.device)
-    train_privately(model, x, y, _loss_per_row, plan, entropy)
+    with _model_faults(model):
+        train_privately(model, x, y, _loss_per_row, plan, entropy)
     return Update(flatten(model) - before, data.train_rows, plan.steps)
 
 
@@ -216,7 +232,7 @@ def private_plan(study: Study, noise_multiplier: float) -> DpSgdPlan:
 def evaluate(model: nn.Module, data: SiteData, device: torch.device) -> Metrics:
     """The model on a site's test rows."""
     model.to(device).eval()
-    with torch.no_grad():
+    with torch.no_grad(), _model_faults(model):
         x = torch.from_numpy(np.array(data.test_x)).to(device)
         return evaluate_scores(data.test_y, torch.sigmoid(model(x).reshape(-1)).double().cpu().numpy())
 
@@ -242,6 +258,13 @@ class ServerOptimizer:
             self._optimizer: torch.optim.Optimizer = make(self._parameters, lr=server.learning_rate, **server.options)
         except (TypeError, ValueError) as error:
             raise StudyError(f"server.options: {server.optimizer} does not take {server.options}: {error}") from error
+        trial = [nn.Parameter(p.detach().clone()) for p in self._parameters]
+        for parameter in trial:
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            make(trial, lr=server.learning_rate, **server.options).step()
+        except _MODEL_ERRORS as error:
+            raise StudyError(f"server.optimizer: {server.optimizer} cannot step this model: {error}") from error
 
     def step(self, mean_update: npt.NDArray[np.float64]) -> None:
         """Apply a mean update of shape [d], laid out as by `flatten`; buffers move by it directly.
@@ -253,6 +276,7 @@ class ServerOptimizer:
         size = sum(entry.numel() for entry in entries)
         if mean_update.shape != (size,) or not np.isfinite(mean_update).all():
             raise LocalProtocolError(f"expected a finite mean update of shape ({size},), got {mean_update.shape}")
+        before = [entry.detach().clone() for entry in entries], copy.deepcopy(self._optimizer.state_dict())
         with torch.no_grad():
             start = 0
             for entry in entries:
@@ -264,6 +288,23 @@ class ServerOptimizer:
                 start += entry.numel()
         self._optimizer.step()
         self._optimizer.zero_grad()
+        if not all(bool(torch.isfinite(entry).all()) for entry in entries):
+            with torch.no_grad():
+                for entry, old in zip(entries, before[0], strict=True):
+                    entry.copy_(old)
+            self._optimizer.load_state_dict(before[1])
+            raise LocalProtocolError(
+                "the step would make the model infinite; it was not taken: lower the learning rate"
+            )
+
+
+@contextmanager
+def _model_faults(model: nn.Module) -> Iterator[None]:
+    """What a model's code raises, as an error of ours."""
+    try:
+        yield
+    except _MODEL_ERRORS as error:
+        raise DataError(f"the model {type(model).__name__} raised {type(error).__name__}: {error}") from error
 
 
 def _entries(model: nn.Module) -> list[Tensor]:

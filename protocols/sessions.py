@@ -7,7 +7,7 @@ from protocols.errors import StudyError
 from protocols.messages import Purpose
 from protocols.study import Study
 from secagg.errors import LocalProtocolError
-from secagg.fixed_point import FixedPoint
+from secagg.fixed_point import ExactSum, FixedPoint
 from secagg.keys import Roster
 from secagg.masking.params import Params, Session
 
@@ -46,19 +46,28 @@ class Sums:
             raise StudyError(f"protocol: {error}") from error
         self._study, self._features, self._entries = study, features, entries
 
-    def fixed_point(self, purpose: Purpose) -> FixedPoint:
-        """How floats become ring elements in a sum of this purpose."""
-        return self._study.moments_fixed_point if purpose == "standardize" else self._study.fixed_point
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """How updates become ring elements, in a sum for training."""
+        return self._study.fixed_point
+
+    @property
+    def exact(self) -> ExactSum:
+        """How rows, features and their squares become ring elements, in the sum for standardising."""
+        return ExactSum(len(self.roster))
 
     def session(self, number: int, purpose: Purpose, work_digest: bytes) -> Session:
         """The session of one sum."""
-        values = 2 * self._features if purpose == "standardize" else self._entries
+        if purpose == "standardize":
+            dimension, ring = self.exact.dimension(1 + 2 * self._features), self.exact.ring
+        else:
+            dimension, ring = 1 + self._entries, self.fixed_point.ring
         return Session(
             params=self._params,
             context=self._study.digest,
             purpose=purpose,
             round=number,
             model_digest=work_digest,
-            dimension=1 + values,
-            ring_bits=self.fixed_point(purpose).ring_bits,
+            dimension=dimension,
+            ring_bits=ring.bits,
         )

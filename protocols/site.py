@@ -8,6 +8,7 @@ in `log` and `evaluations` and never leaves.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 
 import msgspec
@@ -67,6 +68,7 @@ class Memory(SecretState, frozen=True):
         work_digest: Of that round.
         stages_done: Stages of that round that it has answered; 0 once the round is over for it.
         sum_state: State of the secure sum.
+        trained: Rounds of training that it has contributed to.
         steps: Local steps taken in the study.
         mechanisms: Everything charged to the privacy budget, the running round included.
         last_request: Digest of the last request, to tell a retry from a second one.
@@ -78,6 +80,7 @@ class Memory(SecretState, frozen=True):
     work_digest: bytes = b""
     stages_done: int = 0
     sum_state: bytes = b""
+    trained: int = 0
     steps: int = 0
     mechanisms: tuple[PoissonSampledGaussian, ...] = ()
     last_request: bytes = b""
@@ -192,6 +195,7 @@ class Site:
             return memory
         stages = self._sums.scheme.stages
         if message.stage == stages[0]:
+            self._check_agreed(message.purpose, memory)
             if message.round <= memory.round:
                 raise RemoteProtocolError(f"round {message.round} comes after round {memory.round}: each comes once")
             memory = msgspec.structs.replace(
@@ -204,6 +208,8 @@ class Site:
         contributes = message.stage == self._sums.scheme.contributes_at
         if contributes and hashlib.sha256(message.work or b"").digest() != memory.work_digest:
             raise RemoteProtocolError("the model that came is not the one that the round was begun with")
+        if contributes and message.purpose == "train":
+            memory = msgspec.structs.replace(memory, trained=memory.trained + 1)
         if self._plan is None or message.purpose != "train":
             return memory
         release = self._plan.mechanism()
@@ -212,6 +218,13 @@ class Site:
         if not contributes:
             return memory
         return msgspec.structs.replace(memory, mechanisms=coalesce((*memory.mechanisms, release)))
+
+    def _check_agreed(self, purpose: Purpose, memory: Memory) -> None:
+        """Refuse sums that the study does not have: whatever the server asks for, a site gives no more than agreed."""
+        if purpose == "standardize" and (self._study.task.standardize != "global" or memory.trained):
+            raise RemoteProtocolError("the server asks for sums of raw features, which the study does not have (now)")
+        if purpose == "train" and memory.trained >= self._study.rounds:
+            raise RemoteProtocolError(f"the study has {self._study.rounds} rounds of training, and all are done")
 
     def _check_budget(self, memory: Memory, release: PoissonSampledGaussian) -> None:
         privacy = self._study.privacy
@@ -243,43 +256,29 @@ class Site:
     def _contribute(self, message: Request, memory: Memory) -> tuple[RingVector, int]:
         """The site's vector for this round, over the ring, and how many local steps it took."""
         work = decode(message.work or b"", Work)
-        fixed = self._sums.fixed_point(message.purpose)
-        values: npt.NDArray[np.float32] | npt.NDArray[np.float64]
         if message.purpose == "standardize":
-            values, weight, steps = self._moments(), self._raw.train_rows, 0
+            return self._sums.exact.encode(self._moments()), 0
+        model, study = self._evaluate(message.round, work), self._study
+        if self._plan is not None:
+            update = private_update(model, self.data, study, self._plan, self._entropy)
+        elif study.training.algorithm == "fedsgd":
+            update = gradient_update(model, self.data, self._device)
         else:
-            model = self._evaluate(message.round, work)
-            study, number = self._study, self._me
-            if self._plan is not None:
-                update = private_update(model, self.data, study, self._plan, self._entropy)
-            elif study.training.algorithm == "fedsgd":
-                update = gradient_update(model, self.data, self._device)
-            else:
-                seed = (study.seed, number)
-                update = local_update(
-                    model, self.data, study.training, self._device, seed=seed, steps_done=memory.steps
-                )
-            values, steps = update.values, update.steps
-            weight = update.weight if study.training.weighting == "records" else 1
-        encoded = fixed.encode(values, weight, Stream(self._entropy(16)))
+            seed = (study.seed, self._me)
+            update = local_update(model, self.data, study.training, self._device, seed=seed, steps_done=memory.steps)
+        weight, fixed = update.weight if study.training.weighting == "records" else 1, self._sums.fixed_point
+        encoded = fixed.encode(update.values, weight, Stream(self._entropy(16)))
         if encoded.clipped:
             self.log.append(
-                f"{self.name}: round {message.round}: {encoded.clipped} of {values.size} entries were larger than "
-                f"{fixed.max_value} and were clipped; raise protocol.max_update if that is not meant"
+                f"{self.name}: round {message.round}: {encoded.clipped} of {update.values.size} entries were larger "
+                f"than {fixed.max_value} and were clipped; raise protocol.max_update if that is not meant"
             )
-        return encoded.vector, steps
+        return encoded.vector, update.steps
 
-    def _moments(self) -> npt.NDArray[np.float64]:
-        """Mean of each feature and of its square over the training rows, shape [2 f]."""
-        x = self._raw.train_x.astype(np.float64)
-        bound = self._study.task.feature_bound
-        if (outside := np.abs(x).max(axis=0) > bound).any():
-            column = int(np.flatnonzero(outside)[0])
-            raise DataError(
-                f"column {self._raw.features[column]!r} has a value of {np.abs(x[:, column]).max():g}, beyond "
-                f"task.feature_bound = {bound:g}"
-            )
-        return np.concatenate([x.mean(axis=0), (x**2).mean(axis=0)])
+    def _moments(self) -> list[float]:
+        """Number of training rows, sum of each feature, sum of each feature's square."""
+        columns = self._raw.train_x.astype(np.float64).T
+        return [self._raw.train_rows, *map(math.fsum, columns), *map(math.fsum, columns**2)]
 
     def _evaluate(self, number: int | None, work: Work) -> torch.nn.Module:
         """Take over the model (and the global standard, if there is one) and see how it does on the test rows."""

@@ -6,13 +6,14 @@ came. The study without its data paths is what all sites must agree on; its dige
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import math
 import re
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -56,7 +57,6 @@ class Task(_Section, frozen=True):
             only "public" and "none": the others depend on the records outside the account.
         features: Of csv: the columns to learn from, in this order.
         target: Of csv: the column with the class, 0 or 1.
-        feature_bound: Largest absolute value of a feature that enters the sums of "global".
         test_fraction: Share of each site's rows that is held out.
         split_seed: Seed of that split.
     """
@@ -66,7 +66,6 @@ class Task(_Section, frozen=True):
     standardize: Literal["public", "global", "site", "none"] = "none"
     features: tuple[str, ...] = ()
     target: str | None = None
-    feature_bound: float = 4096.0
     test_fraction: float = 0.34
     split_seed: int = 43
 
@@ -238,11 +237,6 @@ class Study(_Section, frozen=True):
         return plan(len(self.sites), p.max_update, weight, fraction_bits=p.fraction_bits, ring_bits=p.ring_bits)
 
     @property
-    def moments_fixed_point(self) -> FixedPoint:
-        """How the means of features and of their squares become ring elements, for `standardize = "global"`."""
-        return plan(len(self.sites), self.task.feature_bound**2, self.protocol.max_weight, fraction_bits=16)
-
-    @property
     def local_steps(self) -> int | None:
         """Steps a round that do not depend on a site's number of rows, or None (epochs without sampling rate)."""
         if self.training.algorithm == "fedsgd":
@@ -309,7 +303,20 @@ def _readable(message: str, table: dict[str, Any]) -> str:
         )
     if missing := re.match(r"Object missing required field `(.*)`", what):
         return f"{'.'.join(filter(None, [path, missing[1]]))}: expected a value, got none"
+    if what.startswith("Invalid enum value") and (choices := _choices(path)):
+        return f"{path}: expected one of {', '.join(choices)}, got {where!r}"
     return f"{path or 'the file'}: {what[:1].lower()}{what[1:]}" + (f" ({where!r})" if where is not None else "")
+
+
+def _choices(path: str) -> list[str]:
+    """The words that a key of the study takes, or none where it takes others."""
+    kind: Any = Study
+    for key in path.split("."):
+        fields = msgspec.structs.fields(kind) if isinstance(kind, type) and issubclass(kind, Struct) else ()
+        kind = next((field.type for field in fields if field.name == key), None)
+    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
+        return [f'"{member.value}"' for member in kind]
+    return [f'"{word}"' for word in get_args(kind)]
 
 
 def table_at(table: Any, path: str) -> object:  # noqa: ANN401 - whatever TOML holds
@@ -329,6 +336,7 @@ def _refuse(path: str, expected: str, came: object) -> None:
 
 def _check(study: Study) -> None:
     """Everything that one field's type cannot say."""
+    _check_size("", msgspec.to_builtins(study))
     names = [site.name for site in study.sites]
     for i, name in enumerate(names):
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
@@ -348,6 +356,18 @@ def _check(study: Study) -> None:
     _check_privacy(study)
 
 
+def _check_size(path: str, value: object) -> None:
+    """Refuse integers that no digest, wire format or library takes."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _check_size(f"{path}.{key}".lstrip("."), entry)
+    elif isinstance(value, list | tuple):
+        for i, entry in enumerate(value):
+            _check_size(f"{path}[{i}]", entry)
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        _refuse(path, "a number below 2^63", value)
+
+
 def _check_task(study: Study) -> None:
     task = study.task
     if task.data == "heart-disease":
@@ -360,8 +380,9 @@ def _check_task(study: Study) -> None:
         if task.features or task.target is not None:
             _refuse("task.features", 'no features or target, as task.data is "heart-disease"', list(task.features))
     else:
-        if not task.features:
-            _refuse("task.features", "the columns to learn from", [])
+        columns = [*task.features, task.target]
+        if not task.features or len(set(columns)) != len(columns):
+            _refuse("task.features", "the columns to learn from, each once and none the target", list(task.features))
         if task.target is None:
             _refuse("task.target", "the column with the class", None)
         if task.standardize == "public":
@@ -370,7 +391,8 @@ def _check_task(study: Study) -> None:
             )
     if not 0 < task.test_fraction < 1:
         _refuse("task.test_fraction", "a number between 0 and 1", task.test_fraction)
-    _positive("task.feature_bound", task.feature_bound)
+    if not 0 <= task.split_seed < 2**32:
+        _refuse("task.split_seed", "a number from 0 to 2^32 - 1", task.split_seed)
 
 
 def _check_model(study: Study) -> None:
@@ -402,10 +424,8 @@ def _check_training(study: Study) -> None:
 def _check_protocol(study: Study) -> None:
     protocol, n = study.protocol, len(study.sites)
     masked = protocol.aggregation == "masked"
-    if masked and n < 3:
+    if n < 3:
         _refuse("sites", "at least 3: with two, the sum shows each the other's update", n)
-    if n < 1:
-        _refuse("sites", "at least 1", n)
     least = least_threshold(n, protocol.mode) if masked else 1
     if protocol.threshold is not None and not least <= protocol.threshold <= n:
         _refuse(
@@ -415,17 +435,16 @@ def _check_protocol(study: Study) -> None:
         )
     if protocol.max_failed_rounds < 1:
         _refuse("protocol.max_failed_rounds", "at least 1", protocol.max_failed_rounds)
-    for path, build in (("protocol", "fixed_point"), ("task.feature_bound", "moments_fixed_point")):
-        if path == "protocol" or study.task.standardize == "global":
-            try:
-                getattr(study, build)
-            except (HeadroomError, LocalProtocolError) as error:
-                raise StudyError(f"{path}: {error}") from error
+    try:
+        _ = study.fixed_point
+    except (HeadroomError, LocalProtocolError) as error:
+        raise StudyError(f"protocol: {error}") from error
 
 
 def _check_privacy(study: Study) -> None:
     privacy = study.privacy
-    set_without = [key for key in ("epsilon", "delta", "noise_multiplier", "sampling_rate") if getattr(privacy, key)]
+    choices = "epsilon", "delta", "noise_multiplier", "sampling_rate"
+    set_without = [key for key in choices if getattr(privacy, key) is not None]
     if not study.private:
         if set_without:
             _refuse(

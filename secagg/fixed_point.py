@@ -10,6 +10,8 @@ communication-efficient secure aggregation", section 2), and clips after it roun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
 from math import ceil, isfinite
 from typing import Any
 
@@ -27,6 +29,11 @@ Floats = npt.NDArray[np.floating[Any]]
 _BLOCK = 1 << 15
 # float32 holds integers exactly up to here; beyond it the arithmetic is float64.
 _FLOAT32_EXACT = 1 << 23
+_FLOAT64_EXACT = 1 << 53
+_MAX_FRACTION_BITS = 100
+_LIMBS = 5
+_LIMB_MODULUS = 1 << 32 * _LIMBS
+_LIMB_FRACTION = 80
 
 
 class Encoded(Struct, frozen=True):
@@ -39,6 +46,52 @@ class Encoded(Struct, frozen=True):
 
     vector: RingVector
     clipped: int
+
+
+class ExactSum(Struct, frozen=True):
+    """Exact sums of numbers in any unit, for statistics: each number as five limbs of 32 bits.
+
+    A number is rounded to a multiple of 2**-80 and written modulo 2**160 as limbs. The ring is wide enough that summing
+    limbs never wraps, and the limbs' sums give the numbers' sum, which is kept below 2**79. A limb takes a ring element,
+    so this is for tens of numbers and not for models.
+
+    Attributes:
+        clients: The most participants in one sum.
+    """
+
+    clients: int
+
+    @property
+    def ring(self) -> Ring:
+        """The ring of the sum: 32 bits and room for all clients."""
+        return Ring(32 + self.clients.bit_length())
+
+    def dimension(self, numbers: int) -> int:
+        """Ring elements for so many numbers."""
+        return _LIMBS * numbers
+
+    def encode(self, numbers: Sequence[float]) -> RingVector:
+        """One participant's vector, shape [5 x numbers].
+
+        Raises:
+            LocalProtocolError: NaN, infinity, or an absolute value of 2**79 / clients or more.
+        """
+        out = np.zeros((len(numbers), _LIMBS), self.ring.dtype)
+        for i, number in enumerate(numbers):
+            if not abs(number) < 2.0**79 / self.clients:
+                raise LocalProtocolError(f"number {i} is {number}; expected a finite one below 2^79 / {self.clients}")
+            units = round(Fraction(number) * 2**_LIMB_FRACTION) % _LIMB_MODULUS
+            out[i] = [units >> 32 * limb & 0xFFFFFFFF for limb in range(_LIMBS)]
+        return out.reshape(-1)
+
+    def decode(self, total: RingVector) -> list[Fraction]:
+        """The exact sums, one fraction for each number."""
+        sums = []
+        for limbs in total.reshape(-1, _LIMBS).tolist():
+            units = sum(value << 32 * limb for limb, value in enumerate(limbs)) % _LIMB_MODULUS
+            signed = units - _LIMB_MODULUS if units >= _LIMB_MODULUS // 2 else units
+            sums.append(Fraction(signed, 2**_LIMB_FRACTION))
+        return sums
 
 
 class FixedPoint(Struct, frozen=True):
@@ -79,7 +132,7 @@ class FixedPoint(Struct, frozen=True):
     @property
     def unit_limit(self) -> int:
         """Largest absolute value of an entry of weight 1, in units of 2**-f."""
-        return ceil(self.max_value * 2.0**self.fraction_bits)
+        return _unit_limit(self.max_value, self.fraction_bits)
 
     def encode(self, values: Floats, weight: int, stream: Stream) -> Encoded:
         """One participant's contribution [w, round(w x 2^f)].
@@ -167,12 +220,16 @@ def plan(
 
 
 def _needed_bits(clients: int, max_value: float, max_weight: int, fraction_bits: int) -> int:
-    if clients < 1 or max_weight < 1 or fraction_bits < 0 or not (isfinite(max_value) and max_value > 0):
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (clients, max_weight, fraction_bits))
+    if not whole or clients < 1 or max_weight < 1 or fraction_bits < 0 or not (isfinite(max_value) and max_value > 0):
         raise LocalProtocolError(
-            "expected clients >= 1, weight >= 1, fraction bits >= 0 and a finite largest value above 0, "
-            f"got {clients}, {max_weight}, {fraction_bits}, {max_value}"
+            "expected whole numbers of clients >= 1, weight >= 1 and fraction bits >= 0, and a finite largest value "
+            f"above 0, got {clients!r}, {max_weight!r}, {fraction_bits!r}, {max_value!r}"
         )
-    largest = clients * max_weight * ceil(max_value * 2.0**fraction_bits)
+    if fraction_bits > _MAX_FRACTION_BITS:
+        raise HeadroomError(f"fraction bits must be at most {_MAX_FRACTION_BITS}, got {fraction_bits}")
+    one = max_weight * _unit_limit(max_value, fraction_bits)
+    largest = clients * one
     # Two's complement holds -2^(b-1) to 2^(b-1)-1. The weight's entry is unsigned and needs no sign bit.
     needed = max(largest.bit_length() + 1, (clients * max_weight).bit_length())
     if needed > 64:
@@ -180,7 +237,17 @@ def _needed_bits(clients: int, max_value: float, max_weight: int, fraction_bits:
             f"{clients} clients x largest value {max_value} x weight {max_weight} x 2^{fraction_bits} needs a ring of "
             f"{needed} bits, and 64 is the most: lower the largest value, the weight or the fraction bits"
         )
+    if one > _FLOAT64_EXACT:
+        raise HeadroomError(
+            f"largest value {max_value} x weight {max_weight} x 2^{fraction_bits} is beyond 2^53, where float64 has no "
+            "more fractions to round: lower the largest value, the weight or the fraction bits"
+        )
     return needed
+
+
+def _unit_limit(max_value: float, fraction_bits: int) -> int:
+    limit: int = ceil(Fraction(max_value) * 2**fraction_bits)
+    return limit
 
 
 def _round_stochastically(scaled: Floats, stream: Stream) -> Floats:

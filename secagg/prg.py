@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ Entropy = Callable[[int], bytes]
 KEY_BYTES = 16
 # Keystream at a time. Large enough to hide the call, small enough to be added while it is still in cache.
 _BLOCK_BYTES = 1 << 18
+_LINE_BYTES = 64
 _ZEROS = memoryview(bytes(_BLOCK_BYTES))
 
 
@@ -67,27 +68,42 @@ def derive(secret: bytes, label: Label, session_id: bytes, *numbers: int) -> byt
 def add_keystream(vector: RingVector, key: bytes, sign: int) -> None:
     """Add (sign +1) or subtract (sign -1) the keystream of `key`, in place: a mask over the whole ring.
 
+    See `add_keystreams`.
+    """
+    add_keystreams(vector, [(key, sign)])
+
+
+def add_keystreams(vector: RingVector, masks: Sequence[tuple[bytes, int]]) -> None:
+    """Add or subtract several keystreams, in place.
+
+    All masks are applied to one stretch of the vector before the next, so that it is fetched from memory once and not
+    once for each mask.
+
     Args:
         vector: Contiguous `uint32` or `uint64`, shape [d]. Wraps in its machine word.
-        key: 16 bytes, used for this mask and nothing else.
-        sign: +1 or -1.
+        masks: (key, sign) pairs: 16 bytes, used for this mask and nothing else; +1 or -1.
 
     Raises:
-        LocalProtocolError: A key of another length, or another sign.
+        LocalProtocolError: A key of another length, or another sign; the vector is as it was.
     """
-    if sign not in (1, -1):
-        raise LocalProtocolError(f"a mask is added (+1) or subtracted (-1), got {sign}")
-    stream = _keystream(key)
-    step = np.add if sign > 0 else np.subtract
-    size = min(vector.nbytes, _BLOCK_BYTES)
-    buffer = bytearray(size)  # per call, not per process: threads must not share it
+    for _, sign in masks:
+        if sign not in (1, -1):
+            raise LocalProtocolError(f"a mask is added (+1) or subtracted (-1), got {sign}")
+    streams = [(_keystream(key).update_into, np.add if sign > 0 else np.subtract) for key, sign in masks]
+    # Buffers are per call, not per process: threads must not share them.
+    buffer = bytearray(min(vector.nbytes, _BLOCK_BYTES))
     words = np.frombuffer(buffer, vector.dtype)
-    for start in range(0, vector.size, words.size or 1):
-        part = vector[start : start + words.size]
-        stream.update_into(_ZEROS[:size], buffer)
-        if sys.byteorder == "big":
-            words.byteswap(inplace=True)
-        step(part, words[: part.size], out=part)
+    # A short first stretch, so that the others start on a cache line.
+    start, size = 0, min(vector.size, -vector.ctypes.data % _LINE_BYTES // vector.itemsize or words.size)
+    while start < vector.size:
+        part, mask = vector[start : start + size], words[:size]
+        zeros, stretch = _ZEROS[: mask.nbytes], memoryview(buffer)[: mask.nbytes]
+        for update_into, step in streams:
+            update_into(zeros, stretch)
+            if sys.byteorder == "big":
+                mask.byteswap(inplace=True)
+            step(part, mask, out=part)
+        start, size = start + size, min(words.size, vector.size - start - size)
 
 
 class Stream:

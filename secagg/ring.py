@@ -95,7 +95,7 @@ class Ring(Struct, frozen=True):
 
     def pack(self, vector: RingVector) -> bytes:
         """Write each value's low `bits` bits one after another, little-endian; unused bits at the end are zero."""
-        self.check(vector, vector.size)
+        self.check(vector, np.size(vector))
         little = vector.dtype.newbyteorder("<")
         if self.bits == self.word_bits:
             return vector.astype(little, copy=False).tobytes()

@@ -2,14 +2,14 @@
 
 The prime lies above 2**256, so that every 32-byte secret is a field element. A share's abscissa is never sent: it is
 the holder's number plus one, known to everyone, so a share cannot be moved to another index. With more shares than the
-threshold, wrong ones are found and their holders named (Welch and Berlekamp 1986).
+threshold, wrong ones are found and their holders named (Gao 2003, "A new algorithm for decoding Reed-Solomon codes").
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, zip_longest
 
 from secagg.errors import LocalProtocolError, RemoteProtocolError
 from secagg.prg import Entropy
@@ -49,7 +49,7 @@ def split(secret: bytes, threshold: int, holders: Collection[int], entropy: Entr
 def recover(
     shares: Mapping[int, bytes], threshold: int, is_secret: Callable[[bytes], bool]
 ) -> tuple[bytes, frozenset[int]]:
-    """The secret behind the shares, proven right by `is_secret`, and the holders whose shares were wrong.
+    """The secret behind the shares, proven right by `is_secret`, and the holders whose shares do not fit.
 
     Args:
         shares: Holder's number to 33-byte share; at least `threshold` of them.
@@ -57,7 +57,8 @@ def recover(
         is_secret: Whether a candidate is the secret: its public key or its commitment matches.
 
     Returns:
-        The 32-byte secret, and the numbers of the holders that lied (empty when all agree).
+        The 32-byte secret, and the numbers of the holders whose shares do not fit (empty when all agree). Either they
+        lied, or the one whose secret it is gave them such shares.
 
     Raises:
         RemoteProtocolError: The shares do not lead to the secret. Never a wrong secret.
@@ -74,12 +75,26 @@ def recover(
     for coefficients in _candidates(points, threshold):
         secret = coefficients[0]
         if secret < 1 << 256 and is_secret(secret.to_bytes(SECRET_BYTES, "big")):
-            good = {x - 1 for x, y in points.items() if _evaluate(coefficients, x) == y}
-            return secret.to_bytes(SECRET_BYTES, "big"), frozenset(shares.keys() - good)
+            misfits = _misfits(points, threshold, coefficients) | {v for v in shares if v + 1 not in points}
+            return secret.to_bytes(SECRET_BYTES, "big"), frozenset(misfits)
     raise RemoteProtocolError(
         f"{len(shares)} shares of threshold {threshold} do not lead to the secret that was committed to: "
         "too many of them are wrong to tell whose, or the sharer's own commitment is"
     )
+
+
+def _misfits(points: Mapping[int, int], threshold: int, coefficients: list[int]) -> set[int]:
+    """Holders whose points are off the polynomial, given one whose value at 0 is proven.
+
+    Liars can bend the polynomial and keep the secret. With the secret as one more true point the right polynomial is
+    told from theirs while they are few enough; beyond that nobody is named, rather than the wrong ones.
+    """
+    if any(_evaluate(coefficients, x) != y for x, y in points.items()):
+        decoded = _decode({0: coefficients[0], **points}, threshold)
+        if decoded is None:
+            return set()
+        coefficients = decoded
+    return {x - 1 for x, y in points.items() if _evaluate(coefficients, x) != y}
 
 
 def _candidates(points: Mapping[int, int], threshold: int) -> list[list[int]]:
@@ -90,66 +105,65 @@ def _candidates(points: Mapping[int, int], threshold: int) -> list[list[int]]:
     first = _interpolate({x: points[x] for x in xs[:threshold]})
     if all(_evaluate(first, x) == points[x] for x in xs[threshold:]):
         return [first]
-    found = [first]
-    for wrong in range((len(xs) - threshold) // 2, 0, -1):
-        decoded = _welch_berlekamp(points, threshold, wrong)
-        if decoded is not None:
-            found.append(decoded)
-            break
-    # One liar may hide where there is one surplus share only: leave each out in turn.
     if len(xs) - threshold == 1:
-        found += [_interpolate({x: points[x] for x in subset}) for subset in combinations(xs, threshold)]
-    return found
+        # One surplus share shows that one is wrong, and the secret's own check shows which.
+        return [_interpolate({x: points[x] for x in subset}) for subset in combinations(xs, threshold)]
+    decoded = _decode(points, threshold)
+    return [first] if decoded is None else [decoded, first]
 
 
-def _welch_berlekamp(points: Mapping[int, int], threshold: int, wrong: int) -> list[int] | None:
-    """Decode with at most `wrong` wrong points: solve Q(x) = y E(x), E monic of degree `wrong`; the answer is Q / E."""
-    size = threshold + wrong
-    rows = []
-    for x, y in points.items():
-        row = [pow(x, k, PRIME) for k in range(size)] + [-y * pow(x, k, PRIME) % PRIME for k in range(wrong)]
-        rows.append([*row, y * pow(x, wrong, PRIME) % PRIME])
-    solution = _solve(rows, size + wrong)
-    if solution is None:
-        return None
-    quotient, remainder = _divide(solution[:size], [*solution[size:], 1])
-    return quotient if not any(remainder) else None
-
-
-def _solve(rows: list[list[int]], unknowns: int) -> list[int] | None:
-    """Gauss-Jordan over the field; free unknowns are zero, contradictory rows give None."""
-    pivots: list[int] = []
-    for column in range(unknowns):
-        rank = len(pivots)
-        pivot = next((r for r in range(rank, len(rows)) if rows[r][column]), None)
-        if pivot is None:
-            continue
-        rows[rank], rows[pivot] = rows[pivot], rows[rank]
-        inverse = pow(rows[rank][column], -1, PRIME)
-        rows[rank] = [value * inverse % PRIME for value in rows[rank]]
-        for r, row in enumerate(rows):
-            if r != rank and row[column]:
-                factor = row[column]
-                rows[r] = [(a - factor * b) % PRIME for a, b in zip(row, rows[rank], strict=True)]
-        pivots.append(column)
-    if any(row[-1] for row in rows[len(pivots) :]):
-        return None
-    solution = [0] * unknowns
-    for rank, column in enumerate(pivots):
-        solution[column] = rows[rank][-1]
-    return solution
+def _decode(points: Mapping[int, int], threshold: int) -> list[int] | None:
+    """The polynomial that all but half of the surplus points lie on, if there is one (Gao 2003, algorithm 1)."""
+    xs = tuple(points)
+    before, now = _vanishing(xs), _interpolate(points)
+    previous, locator = [0], [1]
+    while 2 * (len(_trimmed(now)) - 1) >= len(xs) + threshold:
+        quotient, rest = _divide(before, _trimmed(now))
+        before, now = now, rest
+        previous, locator = locator, _subtract(previous, _multiply(quotient, locator))
+    quotient, rest = _divide(now, _trimmed(locator))
+    return None if any(rest) or len(_trimmed(quotient)) > threshold else quotient
 
 
 def _divide(dividend: list[int], divisor: list[int]) -> tuple[list[int], list[int]]:
-    """Polynomial division by a monic divisor, lowest coefficient first."""
+    """Quotient and remainder of polynomials, lowest coefficient first; the divisor's highest is not zero."""
     rest = list(dividend)
     degree = len(divisor) - 1
-    quotient = [0] * (len(rest) - degree)
-    for k in range(len(quotient) - 1, -1, -1):
-        quotient[k] = rest[k + degree]
+    inverse = pow(divisor[-1], -1, PRIME)
+    quotient = [0] * max(1, len(rest) - degree)
+    for k in range(len(rest) - degree - 1, -1, -1):
+        quotient[k] = rest[k + degree] * inverse % PRIME
         for j, coefficient in enumerate(divisor):
             rest[k + j] = (rest[k + j] - quotient[k] * coefficient) % PRIME
-    return quotient, rest[:degree]
+    return quotient, rest[:degree] or [0]
+
+
+def _multiply(a: list[int], b: list[int]) -> list[int]:
+    product = [0] * (len(a) + len(b) - 1)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            product[i + j] = (product[i + j] + x * y) % PRIME
+    return product
+
+
+def _subtract(a: list[int], b: list[int]) -> list[int]:
+    return [(x - y) % PRIME for x, y in zip_longest(a, b, fillvalue=0)]
+
+
+def _trimmed(polynomial: list[int]) -> list[int]:
+    """Without leading zeros; the zero polynomial keeps one."""
+    size = len(polynomial)
+    while size > 1 and not polynomial[size - 1]:
+        size -= 1
+    return polynomial[:size]
+
+
+def _vanishing(xs: tuple[int, ...]) -> list[int]:
+    """The monic polynomial that is zero at all abscissas."""
+    product = [1]
+    for x in xs:
+        product = [(low - x * high) % PRIME for low, high in zip([0, *product], [*product, 0], strict=True)]
+    return product
 
 
 def _interpolate(points: Mapping[int, int]) -> list[int]:
@@ -165,10 +179,7 @@ def _interpolate(points: Mapping[int, int]) -> list[int]:
 @lru_cache(maxsize=8)
 def _lagrange_basis(xs: tuple[int, ...]) -> list[list[int]]:
     """Each abscissa's Lagrange polynomial; the same set of holders answers for every secret of a round."""
-    product = [1]
-    for x in xs:
-        product = [(low - x * high) % PRIME for low, high in zip([0, *product], [*product, 0], strict=True)]
-    basis = []
+    product, basis = _vanishing(xs), []
     for x in xs:
         quotient, _ = _divide(product, [-x % PRIME, 1])
         scale = pow(_evaluate(quotient, x), -1, PRIME)

@@ -1,8 +1,9 @@
 """Messages to bytes and back.
 
 A message is one version byte and a MessagePack array, decoded strictly into a frozen struct: right types, right
-lengths, no unknown field, nothing left over, and exactly the bytes that encoding the result gives (so one message has
-one form, and a key cannot come twice). Whatever the bytes, the outcome is a message or a `DecodeError`.
+lengths, no unknown field, nothing left over, the entries of a map in the order of their keys, and exactly the bytes
+that encoding the result gives. So one message has one form, and a key cannot come twice. Whatever the bytes, the
+outcome is a message or a `DecodeError`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from msgspec import Meta, Struct
 from secagg.errors import DecodeError, LocalProtocolError, SecAggError
 
 VERSION = 1
-# The largest message: a masked vector of 2**27 values of 64 bits.
-LIMIT_BYTES = 1 << 30
+# The largest message: a masked vector of 2**27 values of 64 bits, and what stands around it.
+LIMIT_BYTES = (1 << 30) + (1 << 16)
 
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -77,7 +78,8 @@ def decode_any(data: bytes, kind: Hashable, *, limit: int = LIMIT_BYTES) -> Stru
         message: Struct = _decoder(kind).decode(memoryview(data)[1:])
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError, SecAggError) as error:
         raise DecodeError(f"not a {getattr(kind, '__name__', 'message')}: {error}") from error
-    if encode(message) != data:
+    maps = (value for name in message.__struct_fields__ if isinstance(value := getattr(message, name), dict))
+    if encode(message) != data or any(list(entries) != sorted(entries) for entries in maps):
         raise DecodeError(f"not a {getattr(kind, '__name__', 'message')} in its one canonical form")
     return message
 

@@ -28,7 +28,7 @@ from secagg.masking.messages import (
     UnmaskShares,
 )
 from secagg.masking.params import Session
-from secagg.prg import Entropy, Label, add_keystream, derive, domain
+from secagg.prg import Entropy, Label, add_keystreams, derive, domain
 from secagg.ring import RingVector
 from secagg.sealed import channel_key, seal, unseal
 from secagg.shamir import PRIME, SHARE_BYTES, split
@@ -187,10 +187,9 @@ def mask_input(state: Shared, inbox: ShareInbox, vector: RingVector) -> tuple[Ma
     for v, box in inbox.boxes.items():
         held[v] = _open_shares(state.inbound_keys[v], sid, v, me, box)
     masked = vector.copy()
-    add_keystream(masked, self_mask_key(state.self_mask_seed, sid, me), +1)
-    for v in inbox.boxes:
-        add_keystream(masked, state.pairwise_keys[v], mask_sign(me, v))
-    return Masked(me, session, held), MaskedInput(session.ring.pack(masked))
+    own = self_mask_key(state.self_mask_seed, sid, me), +1
+    add_keystreams(masked, [own, *((state.pairwise_keys[v], mask_sign(me, v)) for v in inbox.boxes)])
+    return Masked(me, session, dict(sorted(held.items()))), MaskedInput(session.ring.pack(masked))
 
 
 def confirm(state: Masked, shown: SurvivorSet, identity: Identity) -> tuple[Confirmed, Confirmation]:

@@ -8,7 +8,7 @@ but noise and failed signatures out of each other.
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Literal, get_args
 
 from msgspec import Struct, msgpack
 
@@ -53,6 +53,8 @@ class Params(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         n = len(self.roster)
+        if self.mode not in get_args(Mode):
+            raise LocalProtocolError(f"expected mode 'active' or 'semi-honest', got {self.mode!r}")
         least = least_threshold(n, self.mode)
         if not least <= self.threshold <= n:
             raise LocalProtocolError(

@@ -20,7 +20,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from secagg.errors import BelowThreshold, DecodeError, RemoteProtocolError
+from secagg.errors import BelowThreshold, DecodeError, LocalProtocolError, RemoteProtocolError
 from secagg.keys import AgreementKey, agreement_public, refuse_low_order, verify
 from secagg.masking.client import (
     commitment,
@@ -42,7 +42,7 @@ from secagg.masking.messages import (
     UnmaskShares,
 )
 from secagg.masking.params import Session
-from secagg.prg import Label, add_keystream
+from secagg.prg import Label, add_keystreams
 from secagg.ring import RingVector
 from secagg.shamir import recover
 
@@ -111,13 +111,14 @@ class Opened(Struct, frozen=True):
     Attributes:
         total: Shape [dimension].
         survivors: Whose vectors it sums.
-        liars: Participants that sent wrong shares, found out because the others' sufficed.
+        suspects: Participants whose shares did not fit the others'. Either they lied, or somebody gave them such
+            shares; the sum is right in any case.
     """
 
     session: Session
     total: RingVector
     survivors: frozenset[int]
-    liars: frozenset[int]
+    suspects: frozenset[int]
 
 
 def start(session: Session) -> CollectingKeys:
@@ -175,6 +176,8 @@ def close_shares(state: CollectingShares) -> tuple[CollectingVectors, dict[int, 
 def receive_vector(state: CollectingVectors, sender: int, message: MaskedInput) -> CollectingVectors:
     """Round 2: add a masked vector to the sum and let it go."""
     session = state.session
+    if not isinstance(state, CollectingVectors):  # the sum is added to in place, so this must not slip through
+        raise LocalProtocolError(f"a vector is taken at stage MaskedInput only, not by {type(state).__name__}")
     _expect(session, sender, frozenset(state.commitments), state.survivors)
     try:
         vector = session.ring.unpack(message.packed, session.dimension)
@@ -236,20 +239,24 @@ def close_unmask(state: CollectingUnmask) -> Opened:
     """
     session = state.session
     _require(session, "Unmask", len(state.answers))
-    sid, total, liars = session.id, state.total, set[int]()
+    sid, suspects = session.id, set[int]()
+    masks: list[tuple[bytes, int]] = []  # taken off only once all of them are known
     for u in sorted(state.survivors):
         shares = {v: answer.of_self_mask_seed[u] for v, answer in state.answers.items()}
-        seed, wrong = _recover(session, u, shares, partial(_is_committed, sid, u, state.commitments[u]))
-        liars |= wrong
-        add_keystream(total, self_mask_key(seed, sid, u), -1)
+        seed, misfits = _recover(session, u, shares, partial(_is_committed, sid, u, state.commitments[u]))
+        suspects |= misfits
+        masks.append((self_mask_key(seed, sid, u), -1))
     for v in sorted(state.dropped):
         shares = {w: answer.of_mask_secret[v] for w, answer in state.answers.items()}
-        secret, wrong = _recover(session, v, shares, partial(_is_secret_of, state.directory[v].mask_key))
-        liars |= wrong
+        secret, misfits = _recover(session, v, shares, partial(_is_secret_of, state.directory[v].mask_key))
+        suspects |= misfits
         key = AgreementKey(secret)
-        for u in sorted(state.survivors):
-            add_keystream(total, pairwise_key(key, state.directory[u].mask_key, sid, u, v), -mask_sign(u, v))
-    return Opened(session, session.ring.reduce(total), state.survivors, frozenset(liars))
+        masks += [
+            (pairwise_key(key, state.directory[u].mask_key, sid, u, v), -mask_sign(u, v))
+            for u in sorted(state.survivors)
+        ]
+    add_keystreams(state.total, masks)
+    return Opened(session, session.ring.reduce(state.total), state.survivors, frozenset(suspects))
 
 
 def _is_committed(sid: bytes, participant: int, expected: bytes, seed: bytes) -> bool:

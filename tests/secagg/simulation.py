@@ -1,36 +1,74 @@
-"""A whole round in one loop, with anyone dropping out after any stage: what an engine does, without bytes."""
+"""A round played stage by stage, so that a test can stop anywhere, drop anyone and tell any lie."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from typing import Any
 
+import msgspec
 import numpy as np
+import pytest
+from scipy.stats import chi2
 
-from secagg import Identity, Params, Roster, Session, deterministic_entropy, least_threshold
+from secagg import (
+    BelowThreshold,
+    Identity,
+    Params,
+    RemoteProtocolError,
+    Roster,
+    Session,
+    deterministic_entropy,
+    least_threshold,
+    wire,
+)
 from secagg.masking import client, server
+from secagg.masking.messages import KeyDirectory
 
 STAGES = ("AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmask")
+
+RECEIVE: dict[str, Any] = {
+    "AdvertiseKeys": server.receive_keys,
+    "ShareKeys": server.receive_shares,
+    "MaskedInput": server.receive_vector,
+    "ConsistencyCheck": server.receive_confirmation,
+    "Unmask": server.receive_unmask,
+}
+CLOSE: dict[str, Any] = {
+    "AdvertiseKeys": server.close_keys,
+    "ShareKeys": server.close_shares,
+    "MaskedInput": server.close_vectors,
+    "ConsistencyCheck": server.close_confirmations,
+    "Unmask": lambda state: (server.close_unmask(state), {}),
+}
 
 
 class Party:
     """A roster of n participants with their identities and entropies."""
 
     def __init__(
-        self, n: int, *, threshold: int | None = None, mode: str = "active", dimension: int = 5, bits: int = 20
+        self,
+        n: int,
+        *,
+        threshold: int | None = None,
+        mode: str = "active",
+        dimension: int = 5,
+        bits: int = 20,
+        number: int = 1,
     ):
         self.entropy = {u: deterministic_entropy(b"participant %d" % u) for u in range(n)}
         self.identity = {u: Identity.generate(self.entropy[u]) for u in range(n)}
         roster = Roster.of({f"site{u:03d}": self.identity[u].public for u in range(n)})
         params = Params(roster, threshold or least_threshold(n, mode), mode)
-        self.session = Session(params, bytes(32), "train", 1, bytes(32), dimension, bits)
+        self.session = Session(params, bytes(32), "train", number, bytes(32), dimension, bits)
 
     def vectors(self, seed: int = 0) -> dict[int, np.ndarray]:
         rng = np.random.default_rng(seed)
         ring = self.session.ring
+        top = np.uint64(ring.modulus - 1)
         return {
-            u: rng.integers(0, ring.modulus, self.session.dimension, dtype=ring.dtype, endpoint=False)
-            if ring.bits < 64
-            else rng.integers(0, 2**64, self.session.dimension, dtype=np.uint64)
+            u: rng.integers(0, top, self.session.dimension, dtype=np.uint64, endpoint=True).astype(ring.dtype)
             for u in self.identity
         }
 
@@ -41,45 +79,131 @@ def oracle(party: Party, vectors: Mapping[int, np.ndarray], survivors: frozenset
     return np.array([sum(int(vectors[u][i]) for u in survivors) % modulus for i in range(dimension)], dtype=object)
 
 
+class Round:
+    """One round. Everything said, and every state of a participant, goes through bytes.
+
+    Attributes:
+        stage: The stage that is open.
+        outbox: What the server sent to begin it; who is in it is expected to answer.
+        states: Each participant's state after its last answer.
+        server: The server's state; `Opened` at the end.
+    """
+
+    def __init__(self, party: Party, vectors: Mapping[int, np.ndarray] | None = None):
+        self.party = party
+        self.vectors = vectors if vectors is not None else party.vectors()
+        self.stage: str | None = STAGES[0]
+        self.outbox: dict[int, Any] = dict.fromkeys(party.identity)
+        self.states: dict[int, Any] = {}
+        self.server: Any = server.start(party.session)
+
+    def answer(self, u: int, message: Any = None, *, session: Session | None = None) -> Any:
+        """What participant u answers to `message` (by default what the server sent it); its state moves on."""
+        message = self.outbox.get(u) if message is None else message
+        if message is not None:
+            message = wire.decode(wire.encode(message), type(message))
+        identity, entropy, state = self.party.identity[u], self.party.entropy[u], self.states.get(u)
+        match self.stage:
+            case "AdvertiseKeys":
+                state, reply = client.advertise(session or self.party.session, u, identity, entropy)
+            case "ShareKeys":
+                state, reply = client.share_keys(state, message, identity, entropy)
+            case "MaskedInput":
+                state, reply = client.mask_input(state, message, self.vectors[u])
+            case "ConsistencyCheck":
+                state, reply = client.confirm(state, message, identity)
+            case "Unmask" if self.party.session.params.active:
+                state, reply = client.unmask(state, message)
+            case _:
+                state, reply = client.unmask_semi_honest(state, message)
+        self.states[u] = client.decode_state(wire.encode(state))
+        return wire.decode(wire.encode(reply), type(reply))
+
+    def receive(self, u: int, reply: Any) -> None:
+        """The server gets an answer of participant u."""
+        self.server = RECEIVE[self.stage](self.server, u, reply)
+
+    def close(self) -> None:
+        """The server ends the stage with whoever answered."""
+        self.server, self.outbox = CLOSE[self.stage](self.server)
+        at = STAGES.index(self.stage) + 1
+        if at == 3 and not self.party.session.params.active:
+            at += 1
+        self.stage = STAGES[at] if at < len(STAGES) else None
+
+    def play(self, until: str | None = None, drop: Mapping[int, str] | None = None) -> Round:
+        """Everyone follows the protocol until a stage is open; participant u is gone from the stage `drop[u]` on."""
+        drop = drop or {}
+        while self.stage is not None and self.stage != until:
+            for u in self.outbox:
+                if u not in drop or STAGES.index(self.stage) < STAGES.index(drop[u]):
+                    self.receive(u, self.answer(u))
+            self.close()
+        return self
+
+    def fork(self) -> Round:
+        """A copy that goes its own way from here on."""
+        other = copy.copy(self)
+        other.states = dict(self.states)
+        if hasattr(self.server, "total"):
+            other.server = msgspec.structs.replace(self.server, total=self.server.total.copy())
+        return other
+
+
 def run(party: Party, vectors: Mapping[int, np.ndarray], drop: Mapping[int, str] | None = None) -> server.Opened:
-    """Everyone follows the protocol; participant u is gone from the stage `drop[u]` on."""
-    drop = drop or {}
+    """A whole round in which everyone is honest; participant u is gone from the stage `drop[u]` on."""
+    opened = Round(party, vectors).play(drop=drop).server
+    assert isinstance(opened, server.Opened)
+    return opened
 
-    def present(u: int, stage: str) -> bool:
-        return u not in drop or STAGES.index(stage) < STAGES.index(drop[u])
 
-    session = party.session
-    states: dict[int, object] = {}
-    keys = server.start(session)
-    for u in vectors:
-        if present(u, "AdvertiseKeys"):
-            states[u], message = client.advertise(session, u, party.identity[u], party.entropy[u])
-            keys = server.receive_keys(keys, u, message)
-    shares, directories = server.close_keys(keys)
-    for u, directory in directories.items():
-        if present(u, "ShareKeys"):
-            states[u], boxes = client.share_keys(states[u], directory, party.identity[u], party.entropy[u])
-            shares = server.receive_shares(shares, u, boxes)
-    collecting, inboxes = server.close_shares(shares)
-    for u, inbox in inboxes.items():
-        if present(u, "MaskedInput"):
-            states[u], masked = client.mask_input(states[u], inbox, vectors[u])
-            collecting = server.receive_vector(collecting, u, masked)
-    confirming, shown = server.close_vectors(collecting)
-    if session.params.active:
-        for u, survivors in shown.items():
-            if present(u, "ConsistencyCheck"):
-                states[u], confirmation = client.confirm(states[u], survivors, party.identity[u])
-                confirming = server.receive_confirmation(confirming, u, confirmation)
-        unmasking, signatures = server.close_confirmations(confirming)
-        for u, confirmed in signatures.items():
-            if present(u, "Unmask"):
-                states[u], answer = client.unmask(states[u], confirmed)
-                unmasking = server.receive_unmask(unmasking, u, answer)
-    else:
-        unmasking = confirming
-        for u, survivors in shown.items():
-            if present(u, "Unmask"):
-                states[u], answer = client.unmask_semi_honest(states[u], survivors)
-                unmasking = server.receive_unmask(unmasking, u, answer)
-    return server.close_unmask(unmasking)
+def every_drop_out(game: Round) -> Iterator[tuple[Round, frozenset[int], BelowThreshold | None]]:
+    """Every way in which participants can drop out from here to the end, each shared beginning played once.
+
+    Yields:
+        The round, who answered at its last stage, and the error that ended it if one did. Where a round ends early,
+        it stands for all the ways in which those still there might have dropped out later.
+    """
+    assert game.stage is not None
+    asked = tuple(game.outbox)
+    replies = {u: game.answer(u) for u in asked}
+    for size in range(len(asked) + 1):
+        for answering in combinations(asked, size):
+            branch = game.fork()
+            for u in answering:
+                branch.receive(u, replies[u])
+            try:
+                branch.close()
+            except BelowThreshold as error:
+                yield branch, frozenset(answering), error
+                continue
+            if branch.stage is None:
+                yield branch, frozenset(answering), None
+            else:
+                yield from every_drop_out(branch)
+
+
+def replace_entry(directory: KeyDirectory, u: int, **changes: Any) -> KeyDirectory:
+    """The directory with some fields of one participant's entry changed."""
+    entry = msgspec.structs.replace(directory.advertisements[u], **changes)
+    return KeyDirectory({**directory.advertisements, u: entry})
+
+
+def refuses(game, u, message, error=RemoteProtocolError, match=None):
+    """Participant u answers `message` with an error that blames nobody, and is where it was: nothing left it."""
+    before = wire.encode(game.states[u])
+    with pytest.raises(error, match=match) as caught:
+        game.answer(u, message)
+    assert wire.encode(game.states[u]) == before
+    if error is RemoteProtocolError:
+        assert caught.value.culprits == frozenset(), "the server could have forged this"
+    return caught.value
+
+
+def assert_uniform(values, cells, *, alarm=1e-6):
+    """Chi-square over `cells` equal cells; a right implementation fails for one key in 1/alarm, and keys are fixed."""
+    counts = np.bincount(np.asarray(values, dtype=np.int64), minlength=cells)
+    assert len(counts) == cells
+    expected = len(values) / cells
+    assert expected > 20
+    assert ((counts - expected) ** 2 / expected).sum() < chi2.isf(alarm, cells - 1)
