@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from protocols.coordinator import Coordinator
@@ -117,7 +118,9 @@ def doctor(json: Json = False) -> None:
     else:
         table = Table(box=None, pad_edge=False, show_header=False)
         for check in checks:
-            table.add_row("[green]ok[/]" if check.ok else "[red]FAILED[/]", check.name, check.detail)
+            table.add_row(
+                Text("ok", "green") if check.ok else Text("FAILED", "red"), Text(check.name), Text(check.detail)
+            )
         Console().print(table)
     failed = [check.name for check in checks if not check.ok]
     if failed:
@@ -163,7 +166,9 @@ def _run(
             warnings.simplefilter("always", Unprotected)
             # Also with --quiet: that a run protects nothing is never kept quiet.
             loud = Console(stderr=True)
-            warnings.showwarning = lambda message, *_: loud.print(f"[bold red]Warning:[/] {message}")
+            warnings.showwarning = lambda message, *_: loud.print(
+                Text.assemble(("Warning:", "bold red"), f" {message}")
+            )
             task = progress.add_task("", total=study.rounds, stage="")
 
             def listener(coordinator: Coordinator) -> None:
@@ -177,27 +182,27 @@ def _run(
         _fail(error, Exit.NOT_WRITTEN)
     except (SecAggError, DpError) as error:
         _fail(error, Exit.BAD_INPUT)
-    if not json:
-        _report(Console(quiet=quiet), result)
     failure: SecAggError | None = None
     try:
-        write_run(result, folder)
+        write_run(result, folder)  # before anything is printed, which may fail as well
     except OutputError as error:
         failure = error
     if json:
         sys.stdout.buffer.write(msgspec.json.encode(as_json(result)) + b"\n")
+    else:
+        _report(Console(quiet=quiet), result)
     if failure is not None:
         _fail(failure, Exit.NOT_WRITTEN)
     if quiet:
         sys.stdout.write(f"{folder}\n")
     elif not json:
-        Console().print(f"Written to {folder}: model.safetensors, run.json", style="dim", highlight=False)
+        Console().print(Text(f"Written to {folder}: model.safetensors, run.json", style="dim"), soft_wrap=True)
     if result.stopped is not None:
         _fail(f"the study ended early: {result.stopped}", Exit.BUDGET if "budget" in result.stopped else Exit.LOST)
 
 
 def _fail(error: object, code: int) -> NoReturn:
-    Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -210,9 +215,10 @@ def _announce(screen: Console, study: Study) -> None:
         )
         promise = f"DP-SGD at each site to {target}, delta {privacy.delta:g}"
     screen.print(
-        f"[bold]{study.name}[/]: {len(study.sites)} sites, {study.rounds} rounds, {study.protocol.aggregation} sums "
+        f"{study.name}: {len(study.sites)} sites, {study.rounds} rounds, {study.protocol.aggregation} sums "
         f"(threshold {study.threshold}), {promise}",
         highlight=False,
+        markup=False,
     )
 
 
@@ -244,9 +250,9 @@ def _report(screen: Console, result: Run) -> None:
     for record in result.rounds:
         for site, why in record.dropped.items():
             left = "the sum of the others was recovered" if record.outcome == "opened" else "the round was lost"
-            screen.print(f"Round {record.number}: {site}: {why}; {left}.", highlight=False)
+            screen.print(f"Round {record.number}: {site}: {why}; {left}.", highlight=False, markup=False)
     for entry in [line for site in result.sites.values() for line in site.log][:10]:
-        screen.print(entry, style="yellow", highlight=False)
+        screen.print(entry, style="yellow", highlight=False, markup=False)
     screen.print(statement(result), highlight=False)
 
 

@@ -129,6 +129,11 @@ class Coordinator:
         return self._purposes[0] if self._purposes else None
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of all stages that sites are asked in."""
+        return (*self._sums.scheme.stages, "Finish")
+
+    @property
     def stage(self) -> str:
         """Name of the stage that is under way."""
         return self._sum.stage if self._sum is not None else "Finish"

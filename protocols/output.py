@@ -119,11 +119,11 @@ def check_target(folder: Path) -> None:
     Raises:
         OutputError: It exists already, or nothing can be written beside it.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise OutputError(f"{folder} exists already; name another folder with --out, or remove it")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.parent):
+        # Nothing is made yet: a run that fails on its input leaves nothing behind.
+        with tempfile.TemporaryFile(dir=next(parent for parent in folder.absolute().parents if parent.exists())):
             pass
     except OSError as error:
         raise OutputError(f"{folder}: nothing can be written there: {error.strerror or error}") from error
@@ -144,17 +144,19 @@ def write_run(run: Run, folder: Path) -> None:
         _write_whole(files, folder)
     except OSError as error:
         what = f"{folder}: could not be written: {error.strerror or error}"
-        spare = Path(tempfile.gettempdir()) / f"secagg-{folder.name}-{os.urandom(4).hex()}"
         try:
+            spare = Path(tempfile.gettempdir()) / f"secagg-{folder.name}-{os.urandom(4).hex()}"
             _write_whole(files, spare)
         except OSError as second:
             raise OutputError(
-                f"{what}; and neither could {spare}: {second.strerror or second}; free some space and run again"
+                f"{what}; the system's temporary folder could not either: {second.strerror or second}; "
+                "the run is lost: free some space and run again"
             ) from error
         raise OutputError(f"{what}; the run is kept in {spare} instead: move it where you want it") from error
 
 
 def _write_whole(files: dict[str, bytes], folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for name, content in files.items():

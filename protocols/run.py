@@ -28,6 +28,7 @@ from protocols.fedavg import build_model, evaluate, flatten, local_update, train
 from protocols.metrics import Metrics
 from protocols.site import Site
 from protocols.study import Privacy, Study, Training
+from secagg.errors import SecAggError
 from secagg.keys import Identity, Roster
 from secagg.prg import Entropy
 
@@ -141,10 +142,9 @@ def run_study(
     Raises:
         StudyError, DataError: Before anything is trained.
     """
-    for fault in faults:
-        if fault.site not in study.site_names:
-            raise StudyError(f"a drop-out of {fault.site!r}, who is none of the sites {', '.join(study.site_names)}")
-    features = {site.features for site in data.values()}
+    if missing := [name for name in study.site_names if name not in data]:
+        raise DataError(f"no rows were given for {', '.join(missing)}")
+    features = {data[name].features for name in study.site_names}
     if len(features) != 1:
         raise DataError(f"the sites' columns differ: {sorted(features)}")
     identities = {name: Identity.generate(entropy) for name in study.site_names}
@@ -154,6 +154,7 @@ def run_study(
     with _threads_for(model):
         sites = [Site(study, name, identities[name], roster, data[name], entropy) for name in study.site_names]
         coordinator = Coordinator(study, roster, model, len(columns))
+        _check_faults(study, coordinator.stages, faults)
         in_process = InProcess(sites)
         wall, cpu = time.perf_counter(), time.process_time()
         drive(coordinator, Faulty(in_process, faults) if faults else in_process, listener)
@@ -189,6 +190,14 @@ def run_study(
     )
 
 
+def _check_faults(study: Study, stages: tuple[str, ...], faults: tuple[Fault, ...]) -> None:
+    for fault in faults:
+        if fault.site not in study.site_names:
+            raise StudyError(f"a drop-out of {fault.site!r}, who is none of the sites {', '.join(study.site_names)}")
+        if fault.stage not in stages:
+            raise StudyError(f"a drop-out at {fault.stage!r}, which is none of the stages {', '.join(stages)}")
+
+
 def drive(coordinator: Coordinator, engine: Engine, listener: Listener | None = None) -> None:
     """Carry a coordinator to the end of its study over an engine, timing each stage."""
     while requests := coordinator.requests():
@@ -204,20 +213,28 @@ def _with_baselines(
     study: Study, data: Mapping[str, SiteData], sites: list[Site], results: dict[str, SiteResult], entropy: Entropy
 ) -> dict[str, SiteResult]:
     device = training_device(study.device)
-    standardized = {site.name: site.data for site in sites}
+    # A site that the global standard never reached has no rows to compare on.
+    standardized = {site.name: site.data for site in sites if site.standardized}
     pooled_model = _alone(study, _pool(standardized), device)
     noiseless: Mapping[str, SiteResult] = {}
     if study.private:
         noiseless = run_study(_without_privacy(study, data), data, entropy=entropy).sites
-    return {
-        name: msgspec.structs.replace(
-            result,
-            local=evaluate(_alone(study, standardized[name], device), standardized[name], device),
-            pooled=evaluate(pooled_model, standardized[name], device),
+    for name, rows in standardized.items():
+        results[name] = msgspec.structs.replace(
+            results[name],
+            local=_judge(_alone(study, rows, device), rows, device),
+            pooled=_judge(pooled_model, rows, device),
             without_privacy=noiseless[name].federated if name in noiseless else None,
         )
-        for name, result in results.items()
-    }
+    return results
+
+
+def _judge(model: torch.nn.Module, data: SiteData, device: torch.device) -> Metrics | None:
+    """A baseline's metrics, or None where it has diverged: that must not cost the study its result."""
+    try:
+        return evaluate(model, data, device)
+    except SecAggError:
+        return None
 
 
 def _alone(study: Study, data: SiteData, device: torch.device) -> torch.nn.Module:

@@ -129,6 +129,11 @@ class Site:
         self._plan = _private_plan(study)
 
     @property
+    def standardized(self) -> bool:
+        """Whether its rows are standardised yet; with `standardize = "global"` that takes the first sum."""
+        return self._data is not None
+
+    @property
     def data(self) -> SiteData:
         """The rows, standardised.
 
@@ -277,8 +282,15 @@ class Site:
 
     def _moments(self) -> list[float]:
         """Number of training rows, sum of each feature, sum of each feature's square."""
-        columns = self._raw.train_x.astype(np.float64).T
-        return [self._raw.train_rows, *map(math.fsum, columns), *map(math.fsum, columns**2)]
+        columns, limit = self._raw.train_x.astype(np.float64).T, self._sums.exact.limit
+        squares = [math.fsum(column) for column in columns**2]
+        for name, square in zip(self._raw.features, squares, strict=True):
+            if square >= limit:
+                raise DataError(
+                    f"column {name!r} is too large to be summed: its squares add up to {square:.3g}, and {limit:.3g} "
+                    "is the limit; give it in a larger unit"
+                )
+        return [self._raw.train_rows, *map(math.fsum, columns), *squares]
 
     def _evaluate(self, number: int | None, work: Work) -> torch.nn.Module:
         """Take over the model (and the global standard, if there is one) and see how it does on the test rows."""

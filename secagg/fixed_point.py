@@ -52,8 +52,8 @@ class ExactSum(Struct, frozen=True):
     """Exact sums of numbers in any unit, for statistics: each number as five limbs of 32 bits.
 
     A number is rounded to a multiple of 2**-80 and written modulo 2**160 as limbs. The ring is wide enough that summing
-    limbs never wraps, and the limbs' sums give the numbers' sum, which is kept below 2**79. A limb takes a ring element,
-    so this is for tens of numbers and not for models.
+    limbs never wraps, and the limbs' sums give the numbers' sum, which is kept below 2**79. A limb takes a ring
+    element, so this is for tens of numbers and not for models.
 
     Attributes:
         clients: The most participants in one sum.
@@ -66,6 +66,11 @@ class ExactSum(Struct, frozen=True):
         """The ring of the sum: 32 bits and room for all clients."""
         return Ring(32 + self.clients.bit_length())
 
+    @property
+    def limit(self) -> float:
+        """What a participant's numbers must stay below in absolute value: 2**79 / clients."""
+        return 2.0**79 / self.clients
+
     def dimension(self, numbers: int) -> int:
         """Ring elements for so many numbers."""
         return _LIMBS * numbers
@@ -74,12 +79,12 @@ class ExactSum(Struct, frozen=True):
         """One participant's vector, shape [5 x numbers].
 
         Raises:
-            LocalProtocolError: NaN, infinity, or an absolute value of 2**79 / clients or more.
+            LocalProtocolError: NaN, infinity, or an absolute value of `limit` or more.
         """
         out = np.zeros((len(numbers), _LIMBS), self.ring.dtype)
         for i, number in enumerate(numbers):
-            if not abs(number) < 2.0**79 / self.clients:
-                raise LocalProtocolError(f"number {i} is {number}; expected a finite one below 2^79 / {self.clients}")
+            if not abs(number) < self.limit:
+                raise LocalProtocolError(f"number {i} is {number}; expected a finite one below {self.limit:.3g}")
             units = round(Fraction(number) * 2**_LIMB_FRACTION) % _LIMB_MODULUS
             out[i] = [units >> 32 * limb & 0xFFFFFFFF for limb in range(_LIMBS)]
         return out.reshape(-1)

@@ -235,4 +235,6 @@ def test_whatever_the_lies_the_outcome_is_the_secret_and_the_liars_or_an_error(d
     except RemoteProtocolError:
         assert len(liars) > surplus // 2
     else:
-        assert outcome == (SECRET, frozenset(liars))
+        assert outcome[0] == SECRET
+        few = len(liars) <= (surplus + 1) // 2
+        assert outcome[1] == liars if few else outcome[1] <= liars
