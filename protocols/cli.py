@@ -165,10 +165,7 @@ def _run(
         with _progress(screen) as progress, warnings.catch_warnings():
             warnings.simplefilter("always", Unprotected)
             # Also with --quiet: that a run protects nothing is never kept quiet.
-            loud = Console(stderr=True)
-            warnings.showwarning = lambda message, *_: loud.print(
-                Text.assemble(("Warning:", "bold red"), f" {message}")
-            )
+            warnings.showwarning = lambda message, *_: _say("Warning", message)
             task = progress.add_task("", total=study.rounds, stage="")
 
             def listener(coordinator: Coordinator) -> None:
@@ -202,8 +199,13 @@ def _run(
 
 
 def _fail(error: object, code: int) -> NoReturn:
-    Console(stderr=True).print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
+    _say("Error", error)
     raise typer.Exit(code)
+
+
+def _say(kind: str, message: object) -> None:
+    """One line on standard error; brackets in it are text and not markup."""
+    Console(stderr=True).print(Text.assemble((f"{kind}:", "bold red"), f" {message}"), soft_wrap=True)
 
 
 def _announce(screen: Console, study: Study) -> None:

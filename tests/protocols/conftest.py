@@ -1,0 +1,12 @@
+"""Small kernels over several threads are fifty times slower where another process has the other core."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
