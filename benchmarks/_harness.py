@@ -33,6 +33,10 @@ class Samples:
     cpu: list[float]
     wall: list[float]
 
+    def each_of(self, count: int) -> Samples:
+        """Of one, where a call did `count` of them."""
+        return Samples([value / count for value in self.cpu], [value / count for value in self.wall])
+
 
 @dataclass(frozen=True)
 class Figure:

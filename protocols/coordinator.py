@@ -30,6 +30,9 @@ from secagg.errors import RemoteProtocolError, SecAggError
 from secagg.keys import Roster
 from secagg.wire import decode_any, encode
 
+# Enough to see what goes on; whoever floods the server must not fill its memory.
+_MOST_FAULTS = 100
+
 
 class StageRecord(Struct, frozen=True):
     """One stage of one round, as the server saw it.
@@ -169,7 +172,8 @@ class Coordinator:
         """
         record = self.rounds[-1]
         if site not in self._requests or site in self._answered or site in record.dropped:
-            record.faults.append(f"{site}: answered unasked, late or twice; ignored")
+            if len(record.faults) < _MOST_FAULTS:
+                record.faults.append(f"{site}: answered unasked, late or twice; ignored")
             return
         self._bytes_up += len(reply)
         try:

@@ -63,7 +63,7 @@ def evaluate_scores(y: ArrayLike, p: ArrayLike) -> Metrics:
         row = int(np.flatnonzero(outside)[0])
         raise LocalProtocolError(
             f"expected scores in [0, 1], got {scores[row]} in row {row} ({int(outside.sum())} of {scores.size} rows): "
-            "pass probabilities, not logits; if they are NaN the model has diverged, so lower the learning rate"
+            "if they are NaN the model has diverged, so lower the learning rate; else pass probabilities, not logits"
         )
     both_classes = 0.0 < truth.mean() < 1.0
     return Metrics(

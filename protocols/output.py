@@ -149,7 +149,7 @@ def write_run(run: Run, folder: Path) -> None:
             _write_whole(files, spare)
         except OSError as second:
             raise OutputError(
-                f"{what}; the system's temporary folder could not either: {second.strerror or second}; "
+                f"{what}; nor could the system's temporary folder be written: {second.strerror or second}; "
                 "the run is lost: free some space and run again"
             ) from error
         raise OutputError(f"{what}; the run is kept in {spare} instead: move it where you want it") from error

@@ -114,7 +114,8 @@ class Site:
         self.log: list[str] = []
         self.evaluations: list[Evaluation] = []
         require_both_classes(name, data.labels)
-        if data.train_rows > study.protocol.max_weight:
+        weighted = study.training.weighting == "records" or study.task.standardize == "global"
+        if weighted and data.train_rows > study.protocol.max_weight:
             raise DataError(
                 f"site {name}: {data.train_rows} training rows are more than protocol.max_weight = "
                 f"{study.protocol.max_weight}; raise that at every site"

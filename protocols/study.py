@@ -6,6 +6,7 @@ came. The study without its data paths is what all sites must agree on; its dige
 
 from __future__ import annotations
 
+import difflib
 import enum
 import hashlib
 import math
@@ -25,6 +26,15 @@ from secagg.fixed_point import FixedPoint, plan
 from secagg.masking.params import Mode, least_threshold
 
 FORMAT = 1
+_PLAIN_TYPES = {
+    "array": "a list",
+    "object": "a table",
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "null": "nothing",
+}
 DEMO_TEXT = files("protocols").joinpath("data/demo.toml").read_text(encoding="utf-8")
 """The study file of `secagg demo`."""
 
@@ -298,22 +308,34 @@ def _readable(message: str, table: dict[str, Any]) -> str:
     path = path.rstrip("`").lstrip(".")
     where = table_at(table, path)
     if unknown := re.match(r"Object contains unknown field `(.*)`", what):
-        return (
-            f"{'.'.join(filter(None, [path, unknown[1]]))}: unknown key; check its spelling against the documentation"
-        )
+        known = [field.name for field in msgspec.structs.fields(_type_at(path))]
+        near = difflib.get_close_matches(unknown[1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        return f"{'.'.join(filter(None, [path, unknown[1]]))}: unknown key; {hint}"
     if missing := re.match(r"Object missing required field `(.*)`", what):
         return f"{'.'.join(filter(None, [path, missing[1]]))}: expected a value, got none"
     if what.startswith("Invalid enum value") and (choices := _choices(path)):
         return f"{path}: expected one of {', '.join(choices)}, got {where!r}"
+    for theirs, plain in _PLAIN_TYPES.items():
+        what = what.replace(f"`{theirs}`", plain)
     return f"{path or 'the file'}: {what[:1].lower()}{what[1:]}" + (f" ({where!r})" if where is not None else "")
+
+
+def _type_at(path: str) -> Any:  # noqa: ANN401 - whatever a field is annotated with
+    """The type of a key of the study, such as `protocol.mode` or `sites[0]`."""
+    kind: Any = Study
+    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
+        if index:
+            kind = get_args(kind)[0]
+        else:
+            fields = msgspec.structs.fields(kind) if isinstance(kind, type) and issubclass(kind, Struct) else ()
+            kind = next((field.type for field in fields if field.name == key), None)
+    return kind
 
 
 def _choices(path: str) -> list[str]:
     """The words that a key of the study takes, or none where it takes others."""
-    kind: Any = Study
-    for key in path.split("."):
-        fields = msgspec.structs.fields(kind) if isinstance(kind, type) and issubclass(kind, Struct) else ()
-        kind = next((field.type for field in fields if field.name == key), None)
+    kind = _type_at(path)
     if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
         return [f'"{member.value}"' for member in kind]
     return [f'"{word}"' for word in get_args(kind)]
@@ -411,12 +433,16 @@ def _check_training(study: Study) -> None:
     if training.algorithm == "fedsgd" and given:
         _refuse(f"training.{given[0]}", "none: fedsgd takes one gradient a round", getattr(training, given[0]))
     if training.algorithm == "fedavg" and len(given) != 1:
-        _refuse("training.local_epochs", "exactly one of local_epochs and local_steps", given)
+        _refuse(
+            "training.local_epochs", "exactly one of local_epochs and local_steps", " and ".join(given) or "neither"
+        )
     for key in (*given, "batch_size"):
         if getattr(training, key) < 1:
             _refuse(f"training.{key}", "at least 1", getattr(training, key))
     _positive("training.learning_rate", training.learning_rate)
     _positive("server.learning_rate", study.server.learning_rate)
+    if training.algorithm == "fedsgd" and training.momentum:
+        _refuse("training.momentum", "0 with fedsgd; the server's optimiser may have one", training.momentum)
     if not 0 <= training.momentum < 1:
         _refuse("training.momentum", "at least 0 and below 1", training.momentum)
 
@@ -425,16 +451,21 @@ def _check_protocol(study: Study) -> None:
     protocol, n = study.protocol, len(study.sites)
     masked = protocol.aggregation == "masked"
     if n < 3:
-        _refuse("sites", "at least 3: with two, the sum shows each the other's update", n)
+        why = "at least 3: of two, each could read the other's update off the sum" if masked else "at least 3"
+        _refuse("sites", why, n)
     least = least_threshold(n, protocol.mode) if masked else 1
     if protocol.threshold is not None and not least <= protocol.threshold <= n:
         _refuse(
             "protocol.threshold",
-            f"{least} to {n} for {n} sites in {protocol.mode} mode" if masked else f"1 to {n}",
+            f"{least} to {n} for {n} sites in {protocol.mode} mode"
+            if least < n
+            else f"{n}, as many as there are sites",
             protocol.threshold,
         )
-    if protocol.max_failed_rounds < 1:
-        _refuse("protocol.max_failed_rounds", "at least 1", protocol.max_failed_rounds)
+    for key, lowest in (("max_failed_rounds", 1), ("max_weight", 1), ("fraction_bits", 0)):
+        if getattr(protocol, key) < lowest:
+            _refuse(f"protocol.{key}", f"at least {lowest}", getattr(protocol, key))
+    _positive("protocol.max_update", protocol.max_update)
     try:
         _ = study.fixed_point
     except (HeadroomError, LocalProtocolError) as error:
@@ -472,8 +503,6 @@ def _check_privacy(study: Study) -> None:
         )
     if study.model.buffers != "refuse":
         _refuse("model.buffers", '"refuse" under differential privacy', study.model.buffers)
-    if study.training.algorithm == "fedsgd" and study.training.momentum:
-        _refuse("training.momentum", "0 with fedsgd", study.training.momentum)
 
 
 def _positive(path: str, value: float) -> None:

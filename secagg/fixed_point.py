@@ -163,18 +163,23 @@ class FixedPoint(Struct, frozen=True):
         out = np.empty(1 + values.size, self.ring.dtype)
         out[0] = weight
         entries = out[1:].view(signed)
-        clipped = 0
+        scale, clipped = work.type(int(weight) * 2.0**self.fraction_bits), 0
+        rounder = _Rounder(work, min(values.size, _BLOCK), stream)
         for start in range(0, values.size, _BLOCK):
             block = values[start : start + _BLOCK]
             largest = max(block.max(), -block.min())  # NaN in either makes the comparison below false
             if not largest <= np.finfo(block.dtype).max:
                 bad = start + int(np.flatnonzero(~np.isfinite(block))[0])
-                raise LocalProtocolError(f"entry {bad} of the vector is {values[bad]}; nothing was sent")
+                raise LocalProtocolError(
+                    f"entry {bad} of the vector is {values[bad]}; nothing was sent. A model that diverges gives this: "
+                    "lower its learning rate"
+                )
             if largest > self.max_value:
                 clipped += int(np.count_nonzero(np.abs(block) > self.max_value))
                 block = np.clip(block, -self.max_value, self.max_value)
-            scaled = np.multiply(block, work.type(int(weight) * 2.0**self.fraction_bits), dtype=work)
-            rounded = np.clip(_round_stochastically(scaled, stream), -limit, limit)
+            rounded = rounder.round(block, scale)
+            if float(largest) * float(scale) > limit - 1:
+                np.clip(rounded, -limit, limit, out=rounded)
             entries[start : start + _BLOCK] = rounded
         return Encoded(self.ring.reduce(out), clipped)
 
@@ -255,16 +260,34 @@ def _unit_limit(max_value: float, fraction_bits: int) -> int:
     return limit
 
 
-def _round_stochastically(scaled: Floats, stream: Stream) -> Floats:
-    """floor(v) + 1 with probability v - floor(v), to 2^-24 in float32 (exact there) and 2^-32 in float64."""
-    low = np.floor(scaled)
-    np.subtract(scaled, low, out=scaled)
-    bits = stream.uint32(scaled.size)
-    if scaled.dtype == np.float32:
-        # 24 bits and the fraction of a float32 compare without rounding.
-        np.multiply(scaled, np.float32(1 << 24), out=scaled)
-        low += (bits >> np.uint32(8)).view(np.int32).astype(np.float32) < scaled
-    else:
-        np.multiply(scaled, np.float64(1 << 32), out=scaled)
-        low += bits < scaled
-    return low
+class _Rounder:
+    """Stochastic rounding of blocks, through buffers that are allocated once."""
+
+    def __init__(self, dtype: np.dtype[Any], size: int, stream: Stream) -> None:
+        self._stream = stream
+        self._bits = np.empty(size, np.uint32)
+        self._scaled, self._low, self._uniform = (np.empty(size, dtype) for _ in range(3))
+        self._up = np.empty(size, np.bool_)
+
+    def round(self, block: Floats, scale: np.floating[Any]) -> Floats:
+        """Floor of v = block x scale, plus 1 with probability v - floor(v); valid until the next call.
+
+        The probability is exact in float32, where 24 bits and a fraction compare without rounding, and exact to 2^-32
+        in float64.
+        """
+        n = block.size
+        bits, up = self._bits[:n], self._up[:n]
+        scaled, low, uniform = self._scaled[:n], self._low[:n], self._uniform[:n]
+        np.multiply(block, scale, out=scaled)
+        np.floor(scaled, out=low)
+        np.subtract(scaled, low, out=scaled)
+        self._stream.fill(bits)
+        if scaled.dtype == np.float32:
+            np.right_shift(bits, np.uint32(8), out=bits)
+            uniform[:] = bits.view(np.int32)
+            np.multiply(scaled, np.float32(1 << 24), out=scaled)
+        else:
+            uniform[:] = bits
+            np.multiply(scaled, np.float64(1 << 32), out=scaled)
+        np.less(uniform, scaled, out=up)
+        return np.add(low, up, out=low)

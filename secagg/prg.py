@@ -123,10 +123,14 @@ class Stream:
         """The next `count` bytes."""
         return self._cipher.update(bytes(count))
 
-    def uint32(self, count: int) -> npt.NDArray[np.uint32]:
-        """The next `count` words, uniform over 32 bits, shape [count]."""
-        zeros: bytes | memoryview = _ZEROS[: 4 * count] if 4 * count <= _BLOCK_BYTES else bytes(4 * count)
-        return np.frombuffer(self._cipher.update(zeros), "<u4").astype(np.uint32, copy=False)
+    def fill(self, words: npt.NDArray[np.uint32]) -> None:
+        """Overwrite a contiguous vector with the next words, each uniform over 32 bits."""
+        target = words.view(np.uint8).data
+        for start in range(0, len(target), _BLOCK_BYTES):
+            stretch = target[start : start + _BLOCK_BYTES]
+            self._cipher.update_into(_ZEROS[: len(stretch)], stretch)
+        if sys.byteorder == "big":
+            words.byteswap(inplace=True)
 
 
 def deterministic_entropy(seed: bytes) -> Entropy:

@@ -66,8 +66,8 @@ def test_the_least_and_the_greatest_random_word_round_as_they_should(word, round
     """Up with probability exactly the fraction: a whole number never, whatever the bits."""
 
     class Fixed:
-        def uint32(self, count):
-            return np.full(count, word, np.uint32)
+        def fill(self, words):
+            words[:] = word
 
     fixed = plan(1, 4.0, fraction_bits=0)
     vector = fixed.encode(np.array([1.0, 1.0 + 2**-20, -1.0, -(2**-20)], dtype), 1, Fixed()).vector
