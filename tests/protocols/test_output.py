@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import tempfile
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import msgspec
@@ -283,24 +284,26 @@ def test_an_interruption_while_writing_leaves_no_half_folder(run, tmp_path, monk
     assert everything(tmp_path) == []
 
 
-@pytest.fixture
-def file_limit():
-    """Sets how large a file may become, for this process and this test."""
+@contextmanager
+def file_limit(size):
+    """How large a file may become, for this process; lifted at once, because the test's own output may be a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("limit", [0, 100, 1000])
-def test_a_real_write_that_fails_part_of_the_way_leaves_nothing(run, tmp_path, monkeypatch, file_limit, limit):
+def test_a_real_write_that_fails_part_of_the_way_leaves_nothing(run, tmp_path, monkeypatch, limit):
     """At the first byte, in the model and in run.json; the spare place has not been looked for before."""
     home, temporary = tmp_path / "home", tmp_path / "temporary"
     home.mkdir()
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("TMPDIR", str(temporary))
-    file_limit(limit)
-    with pytest.raises(OutputError, match=r"File too large.*free some space"):
+    with pytest.raises(OutputError, match=r"File too large.*free some space"), file_limit(limit):
         write_run(run, home / "out")
     assert everything(home) == []
     assert everything(temporary) == []
