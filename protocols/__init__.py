@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from protocols.datasets import SiteData, heart_disease, read_csv
     from protocols.errors import DataError, OutputError, StudyError
     from protocols.fedavg import ServerOptimizer, local_update
+    from protocols.policy import Policy
     from protocols.run import Run, drive, load_data, run_study
     from protocols.site import Site
     from protocols.study import Study, load_study, parse_study
@@ -24,6 +25,7 @@ __all__ = [
     "Coordinator",
     "DataError",
     "OutputError",
+    "Policy",
     "Run",
     "ServerOptimizer",
     "Site",
@@ -47,6 +49,7 @@ _HOME = {
     "datasets": ("SiteData", "heart_disease", "read_csv"),
     "errors": ("DataError", "OutputError", "StudyError"),
     "fedavg": ("ServerOptimizer", "local_update"),
+    "policy": ("Policy",),
     "run": ("Run", "drive", "load_data", "run_study"),
     "site": ("Site",),
     "study": ("Study", "load_study", "parse_study"),

@@ -84,6 +84,9 @@ class Scheme(Protocol):
     def server(self, session: Session) -> SumServer:
         """The server of one sum."""
 
+    def cohort(self, stage: str, request: bytes) -> frozenset[int] | None:
+        """Whose sum a participant is about to confirm, or None where the stage does not say."""
+
     def begin(
         self, session: Session, me: int, identity: Identity, entropy: Entropy, vector: RingVector | None
     ) -> tuple[bytes, bytes]:
@@ -108,6 +111,15 @@ class Masked:
     def server(self, session: Session) -> SumServer:
         """The server of one sum."""
         return _MaskedServer(session)
+
+    def cohort(self, stage: str, request: bytes) -> frozenset[int] | None:
+        """The survivors, at the stage that shows them.
+
+        Raises:
+            DecodeError: The request is no message of the stage.
+        """
+        shown_at = "ConsistencyCheck" if "ConsistencyCheck" in self.stages else "Unmask"
+        return frozenset(decode(request, SurvivorSet).survivors) if stage == shown_at else None
 
     def begin(
         self, session: Session, me: int, identity: Identity, entropy: Entropy, vector: RingVector | None = None
@@ -240,6 +252,10 @@ class Plain:
     def server(self, session: Session) -> SumServer:
         """The server of one sum."""
         return _PlainServer(session, self._threshold)
+
+    def cohort(self, stage: str, request: bytes) -> frozenset[int] | None:
+        """Nobody is told who is in a plain sum."""
+        return None
 
     def begin(
         self, session: Session, me: int, identity: Identity, entropy: Entropy, vector: RingVector | None = None

@@ -18,6 +18,7 @@ from importlib import metadata
 from importlib.resources import files
 
 import msgspec
+import numpy as np
 from cryptography.exceptions import InternalError, InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -27,6 +28,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from protocols.aggregation import secure_mean
+from secagg.errors import SecAggError
+from secagg.prg import add_keystreams
 
 REQUIRED: Mapping[str, tuple[str, str]] = {
     "python": ("3.11", ""),
@@ -81,7 +86,14 @@ def run_checks() -> list[Check]:
     Returns:
         The findings, in a fixed order. Takes less than a second; raises nothing for a check that fails.
     """
-    return [*version_checks(), aes_speed_check(), *known_answer_checks(), *refusal_checks(), *second_opinion_checks()]
+    return [
+        *version_checks(),
+        aes_speed_check(),
+        *known_answer_checks(),
+        *refusal_checks(),
+        *second_opinion_checks(),
+        *own_checks(),
+    ]
 
 
 def version_checks() -> list[Check]:
@@ -141,6 +153,15 @@ def second_opinion_checks() -> list[Check]:
     return [_guarded(f"second opinion {name}", partial(_second_opinion, name)) for name in PRIMITIVES]
 
 
+def own_checks() -> list[Check]:
+    """Runs this library's own: a mask against pycryptodome's keystream, a masked mean against a plain one.
+
+    Returns:
+        Two checks, named `own masks` and `own masked mean`.
+    """
+    return [_guarded("own masks", _own_masks), _guarded("own masked mean", _own_mean)]
+
+
 def _guarded(name: str, check: Callable[[], str]) -> Check:
     try:
         return Check(name, True, check())
@@ -148,6 +169,27 @@ def _guarded(name: str, check: Callable[[], str]) -> Check:
         return Check(name, False, str(finding))
     except _LIBRARY_ERRORS as error:
         return Check(name, False, f"{type(error).__name__}: {error}; reinstall secagg, cryptography and pycryptodome")
+
+
+def _own_masks() -> str:
+    key, size = os.urandom(16), 100_003
+    keystream = np.frombuffer(_aes_ctr_second(key, bytes(16), bytes(4 * size)), "<u4")
+    vector = np.arange(size, dtype=np.uint32)
+    add_keystreams(vector, [(key, +1)])
+    if not np.array_equal(vector, np.arange(size, dtype=np.uint32) + keystream):
+        raise _Finding("a mask is not the keystream that pycryptodome gives; do not use this installation")
+    return f"a mask of {size} values is pycryptodome's keystream"
+
+
+def _own_mean() -> str:
+    values = {name: np.array([1.0, -2.0, 4.0]) * factor for name, factor in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    try:
+        total, mean = secure_mean(values, {"a": 1, "b": 2, "c": 1}, max_value=16.0)
+    except SecAggError as error:
+        raise _Finding(f"a masked mean of three failed: {error}; do not use this installation") from error
+    if total != 4 or mean.tolist() != [2.0, -4.0, 8.0]:
+        raise _Finding(f"a masked mean of three is {mean.tolist()}, not [2.0, -4.0, 8.0]; do not use this installation")
+    return "three participants, five rounds, exact"
 
 
 def _version(name: str, least: str, below: str) -> str:

@@ -26,6 +26,7 @@ from protocols.engines.in_process import InProcess
 from protocols.errors import DataError, StudyError
 from protocols.fedavg import build_model, evaluate, flatten, local_update, training_device
 from protocols.metrics import Metrics
+from protocols.policy import PERMISSIVE, Policy
 from protocols.site import Site
 from protocols.study import Privacy, Study, Training
 from secagg.errors import SecAggError
@@ -126,6 +127,7 @@ def run_study(
     *,
     faults: tuple[Fault, ...] = (),
     baselines: bool = False,
+    policy: Policy = PERMISSIVE,
     entropy: Entropy = os.urandom,
     listener: Listener | None = None,
 ) -> Run:
@@ -136,6 +138,7 @@ def run_study(
         data: Each site's raw rows, as from `load_data`.
         faults: Messages to lose on purpose.
         baselines: Whether to train the local, the pooled and the noiseless federated model as well.
+        policy: Of every site.
         entropy: Source of all keys, masks, rounding and privacy noise.
         listener: Called after every stage, for progress.
 
@@ -152,7 +155,10 @@ def run_study(
     (columns,) = features
     model = build_model(study, len(columns))
     with _threads_for(model):
-        sites = [Site(study, name, identities[name], roster, data[name], entropy) for name in study.site_names]
+        sites = [
+            Site(study, name, identities[name], roster, data[name], policy=policy, entropy=entropy)
+            for name in study.site_names
+        ]
         coordinator = Coordinator(study, roster, model, len(columns))
         _check_faults(study, coordinator.stages, faults)
         in_process = InProcess(sites)

@@ -43,6 +43,7 @@ from protocols.fedavg import (
 )
 from protocols.messages import Answer, Purpose, Reason, Refusal, Request, Work
 from protocols.metrics import Metrics
+from protocols.policy import Policy
 from protocols.sessions import Sums
 from protocols.study import Study
 from secagg.errors import DecodeError, LocalProtocolError, RemoteProtocolError, SecAggError
@@ -69,6 +70,7 @@ class Memory(SecretState, frozen=True):
         stages_done: Stages of that round that it has answered; 0 once the round is over for it.
         sum_state: State of the secure sum.
         trained: Rounds of training that it has contributed to.
+        cohorts: Sums that it has confirmed: what was summed, and the numbers of those in the sum.
         steps: Local steps taken in the study.
         mechanisms: Everything charged to the privacy budget, the running round included.
         last_request: Digest of the last request, to tell a retry from a second one.
@@ -81,6 +83,7 @@ class Memory(SecretState, frozen=True):
     stages_done: int = 0
     sum_state: bytes = b""
     trained: int = 0
+    cohorts: tuple[tuple[bytes, tuple[int, ...]], ...] = ()
     steps: int = 0
     mechanisms: tuple[PoissonSampledGaussian, ...] = ()
     last_request: bytes = b""
@@ -96,6 +99,7 @@ class Site:
         identity: Its long-term key.
         roster: All participants' keys, as compared by fingerprint.
         data: Its rows, raw.
+        policy: What it agrees to, whatever the study says.
         entropy: Source of keys, masks, rounding and privacy noise.
 
     Attributes:
@@ -103,13 +107,23 @@ class Site:
         evaluations: Every model it was sent, on its own test rows. For the site's own eyes.
 
     Raises:
-        StudyError: The study, roster, name and model do not belong together.
+        StudyError: The study, roster, name and model do not belong together, or the policy refuses the study.
         DataError: Rows that cannot be used; the message names the site.
     """
 
     def __init__(
-        self, study: Study, name: str, identity: Identity, roster: Roster, data: SiteData, entropy: Entropy = os.urandom
+        self,
+        study: Study,
+        name: str,
+        identity: Identity,
+        roster: Roster,
+        data: SiteData,
+        *,
+        policy: Policy | None = None,
+        entropy: Entropy = os.urandom,
     ) -> None:
+        self._policy = policy or Policy()
+        self._policy.check_study(name, study)
         self.name = name
         self.log: list[str] = []
         self.evaluations: list[Evaluation] = []
@@ -211,6 +225,8 @@ class Site:
             raise RemoteProtocolError(f"stage {message.stage} came where {stages[memory.stages_done]} was due")
         if (message.round, message.purpose, message.work_digest) != (memory.round, memory.purpose, memory.work_digest):
             raise RemoteProtocolError(f"round {memory.round} goes on with another number, purpose or model digest")
+        if (shown := self._sums.scheme.cohort(message.stage, message.body)) is not None:
+            memory = self._confirm_cohort(memory, shown)
         contributes = message.stage == self._sums.scheme.contributes_at
         if contributes and hashlib.sha256(message.work or b"").digest() != memory.work_digest:
             raise RemoteProtocolError("the model that came is not the one that the round was begun with")
@@ -224,6 +240,13 @@ class Site:
         if not contributes:
             return memory
         return msgspec.structs.replace(memory, mechanisms=coalesce((*memory.mechanisms, release)))
+
+    def _confirm_cohort(self, memory: Memory, shown: frozenset[int]) -> Memory:
+        # What is summed for training depends on the model; the moments are the same whatever the server sends.
+        subject = memory.work_digest if memory.purpose == "train" else memory.purpose.encode()
+        earlier = (frozenset(cohort) for summed, cohort in memory.cohorts if summed == subject)
+        self._policy.check_cohort(earlier, shown, self._sums.roster.name)
+        return msgspec.structs.replace(memory, cohorts=(*memory.cohorts, (subject, tuple(sorted(shown)))))
 
     def _check_agreed(self, purpose: Purpose, memory: Memory) -> None:
         """Refuse sums that the study does not have: whatever the server asks for, a site gives no more than agreed."""

@@ -12,6 +12,7 @@ from protocols.datasets import SiteData
 from protocols.engines.faulty import Faulty
 from protocols.engines.in_process import InProcess
 from protocols.fedavg import build_model
+from protocols.policy import PERMISSIVE
 from protocols.run import drive
 from protocols.site import Site
 from protocols.study import Study
@@ -85,9 +86,9 @@ class World:
         self.engine = InProcess(self.sites.values())
         self.coordinator = self.another_coordinator()
 
-    def site(self, name, study=None, data=None):
-        study = study or self.study
-        return Site(study, name, self.identities[name], self.roster, data or self.data[name], self.entropy[name])
+    def site(self, name, study=None, data=None, policy=PERMISSIVE):
+        study, data, identity = study or self.study, data or self.data[name], self.identities[name]
+        return Site(study, name, identity, self.roster, data, policy=policy, entropy=self.entropy[name])
 
     def another_coordinator(self, study=None):
         study = study or self.study

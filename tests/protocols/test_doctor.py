@@ -6,12 +6,14 @@ from importlib import metadata
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from protocols import doctor
+from secagg.errors import BelowThreshold
 
 KNOWN = (Path(doctor.__file__).parent / "data" / "known_answers.json").read_bytes()
 VECTORS = msgspec.json.decode(KNOWN, type=list[doctor.Vector])
@@ -35,6 +37,26 @@ def test_this_machine_passes():
     assert {f"second opinion {name}" for name in doctor.PRIMITIVES} <= checks.keys()
     assert sum(name.startswith("known answer ") for name in checks) == len(VECTORS)
     assert {"aes-128-ctr speed", "known answers", "refusal Ed25519", "refusal AES-128-GCM"} <= checks.keys()
+
+
+def test_a_mask_that_is_no_keystream_is_noticed(monkeypatch):
+    monkeypatch.setattr(doctor, "add_keystreams", lambda vector, masks: vector.fill(7))
+    assert _wrong(doctor.own_checks()) == {"own masks"}
+
+
+@pytest.mark.parametrize("answer", [(4, [2.0, -4.0, 8.5]), (5, [2.0, -4.0, 8.0])])
+def test_a_masked_mean_that_is_wrong_is_noticed(monkeypatch, answer):
+    monkeypatch.setattr(doctor, "secure_mean", lambda *_, **__: (answer[0], np.array(answer[1])))
+    assert _wrong(doctor.own_checks()) == {"own masked mean"}
+
+
+def test_a_masked_mean_that_fails_is_noticed(monkeypatch):
+    def fail(*_, **__):
+        raise BelowThreshold("Unmask", 1, 3)
+
+    monkeypatch.setattr(doctor, "secure_mean", fail)
+    (mean,) = [check for check in doctor.own_checks() if not check.ok]
+    assert "Unmask" in mean.detail
 
 
 def test_sources_are_the_documents_asked_for():
