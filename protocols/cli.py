@@ -108,11 +108,20 @@ def run(
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(
+    server_view: Annotated[
+        bool, typer.Option("--server-view", help="Run a study, and look for traces of updates in what its server gets.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Check this machine: versions, speed, and every primitive against known answers and a second library."""
     from protocols.doctor import run_checks
 
     checks = run_checks()
+    if server_view:
+        from protocols.server_view import examine, record, viewing_study
+
+        checks += examine(record(viewing_study()))
     if json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(checks)) + b"\n")
     else:
