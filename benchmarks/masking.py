@@ -137,9 +137,29 @@ def whole_round(n: int, d: int, turns: int) -> list[Figure]:
     return [Figure.cpu_seconds(f"whole round, n={n}, d={size}, one drop-out", times)]
 
 
+def setup(n: int, turns: int) -> list[Figure]:
+    """One participant's AdvertiseKeys and ShareKeys among n, active mode."""
+    entropy = {u: deterministic_entropy(b"participant %d" % u) for u in range(n)}
+    identity = {u: Identity.generate(entropy[u]) for u in range(n)}
+    roster = Roster.of({f"site{u:03d}": identity[u].public for u in range(n)})
+    session = Session(Params(roster, least_threshold(n, "active")), bytes(32), "train", 0, bytes(32), 1, 26)
+    keys = server.start(session)
+    for u in range(n):
+        state, said = client.advertise(session, u, identity[u], entropy[u])
+        keys = server.receive_keys(keys, u, said)
+    directory = server.close_keys(keys)[1][n - 1]  # the last one's, whose state is at hand
+
+    def both() -> None:
+        client.advertise(session, 0, identity[0], entropy[0])
+        client.share_keys(state, directory, identity[n - 1], entropy[n - 1])
+
+    return [Figure.cpu_seconds(f"setup stages at a participant, n={n}", in_turns({"both": both}, turns)["both"])]
+
+
 def main() -> None:
     options = arguments(__doc__ or "")
     figures = masks(7 if options.quick else 31) + sharing(3 if options.quick else 15)
+    figures += setup(10, 2) if options.quick else setup(100, 15)
     figures += whole_round(5, 100_000, 2) if options.quick else whole_round(20, MILLION, 7)
     report("masking", figures, options, ["numpy", "cryptography"])
 

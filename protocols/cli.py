@@ -276,14 +276,15 @@ def _gains(result: Run, measure: str, title: str) -> Table:
         columns = {"local": "own rows only", **noisy, "pooled": "rows pooled"}
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("site", no_wrap=True)
-    for heading in ("train rows", "test rows", *columns.values(), "epsilon spent"):
+    private = result.study.private
+    for heading in ("train rows", "test rows", *columns.values(), *(["epsilon spent"] if private else [])):
         table.add_column(heading, justify="right", width=max(5, *map(len, heading.split())))
     every: list[list[float | None]] = []
     for name, site in result.sites.items():
         every.append([getattr(getattr(site, column), measure, None) for column in columns])
-        epsilon = "-" if site.spent is None else f"{site.spent.epsilon:.3f}"
-        table.add_row(name, str(site.train_rows), str(site.test_rows), *map(_figure, every[-1]), epsilon)
-    table.add_row("mean", "", "", *(_figure(_mean(values)) for values in zip(*every, strict=True)), "", style="bold")
+        epsilon = [] if site.spent is None else [f"{site.spent.epsilon:.3f}"]
+        table.add_row(name, str(site.train_rows), str(site.test_rows), *map(_figure, every[-1]), *epsilon)
+    table.add_row("mean", "", "", *(_figure(_mean(values)) for values in zip(*every, strict=True)), style="bold")
     return table
 
 

@@ -33,6 +33,8 @@ def statement(run: Run) -> str:
         )
     else:
         first = "The server saw every hospital's update: aggregation was plain and protects nothing."
+    if any(record.purpose == "standardize" and record.outcome == "opened" for record in run.rounds):
+        first += " It also learned the mean and the deviation of each feature over all training rows."
     spent = [result.spent for result in run.sites.values() if result.spent is not None]
     if not spent:
         return f"{first} There is no differential privacy: the model itself may tell about single records."

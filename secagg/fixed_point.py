@@ -26,7 +26,7 @@ from secagg.ring import Ring, RingVector
 Floats = npt.NDArray[np.floating[Any]]
 
 # Values at a time, so that every intermediate stays in a level-2 cache.
-_BLOCK = 1 << 15
+_BLOCK = 1 << 16
 # float32 holds integers exactly up to here; beyond it the arithmetic is float64.
 _FLOAT32_EXACT = 1 << 23
 _FLOAT64_EXACT = 1 << 53
@@ -267,7 +267,6 @@ class _Rounder:
         self._stream = stream
         self._bits = np.empty(size, np.uint32)
         self._scaled, self._low, self._uniform = (np.empty(size, dtype) for _ in range(3))
-        self._up = np.empty(size, np.bool_)
 
     def round(self, block: Floats, scale: np.floating[Any]) -> Floats:
         """Floor of v = block x scale, plus 1 with probability v - floor(v); valid until the next call.
@@ -276,8 +275,7 @@ class _Rounder:
         in float64.
         """
         n = block.size
-        bits, up = self._bits[:n], self._up[:n]
-        scaled, low, uniform = self._scaled[:n], self._low[:n], self._uniform[:n]
+        bits, scaled, low, uniform = self._bits[:n], self._scaled[:n], self._low[:n], self._uniform[:n]
         np.multiply(block, scale, out=scaled)
         np.floor(scaled, out=low)
         np.subtract(scaled, low, out=scaled)
@@ -285,9 +283,11 @@ class _Rounder:
         if scaled.dtype == np.float32:
             np.right_shift(bits, np.uint32(8), out=bits)
             uniform[:] = bits.view(np.int32)
-            np.multiply(scaled, np.float32(1 << 24), out=scaled)
+            np.multiply(uniform, np.float32(2.0**-24), out=uniform)
         else:
             uniform[:] = bits
-            np.multiply(scaled, np.float64(1 << 32), out=scaled)
-        np.less(uniform, scaled, out=up)
-        return np.add(low, up, out=low)
+            np.multiply(uniform, 2.0**-32, out=uniform)
+        # 1 where the fraction exceeds the uniform number, else 0: a difference of floats has the right sign.
+        np.subtract(scaled, uniform, out=scaled)
+        np.ceil(scaled, out=scaled)
+        return np.add(low, scaled, out=low)
