@@ -285,6 +285,10 @@ def _check_directory(
     for v, ad in listed.items():
         if v >= len(roster):
             raise RemoteProtocolError(f"participant {v} is not on the roster of {len(roster)}")
+        if not session.params.active and ad.signature:
+            raise RemoteProtocolError(
+                f"the keys of {roster.name(v)} are signed, and a semi-honest session has no signatures"
+            )
         payload = keys_payload(v, ad.channel_key, ad.mask_key)
         if session.params.active and not verify(
             roster.members[v].identity, ad.signature, Label.SIGN_KEYS, sid, payload
@@ -310,6 +314,8 @@ def _check_survivors(state: Masked, shown: SurvivorSet) -> tuple[int, ...]:
     session, survivors = state.session, set(shown.survivors)
     if len(survivors) != len(shown.survivors):
         raise RemoteProtocolError("the server's list of survivors names someone twice")
+    if list(shown.survivors) != sorted(survivors):
+        raise RemoteProtocolError("the server's list of survivors is not in ascending order")
     if not survivors <= state.held.keys():
         raise RemoteProtocolError(
             f"the server claims vectors from {session.names(survivors - state.held.keys())}, who never shared with us"

@@ -285,6 +285,8 @@ def _expect(session: Session, sender: int, allowed: Collection[int], answered: C
 
 def _check_signature(session: Session, sender: int, signature: bytes, label: Label, payload: bytes, what: str) -> None:
     if not session.params.active:
+        if signature:
+            raise _fault(session, sender, f"signed {what}, and a semi-honest session has no signatures")
         return
     if not verify(session.params.roster.members[sender].identity, signature, label, session.id, payload):
         raise _fault(

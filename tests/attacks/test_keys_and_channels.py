@@ -333,3 +333,17 @@ def test_a_session_of_another_identity_is_refused_before_anything_is_sent():
     party = Party(4)
     with pytest.raises(LocalProtocolError, match="another key for site001"):
         client.advertise(party.session, 1, party.identity[2], party.entropy[1])
+
+
+def test_a_semi_honest_session_takes_no_signatures():
+    """What nobody checks must not be there: it could carry anything."""
+    game = Round(Party(4, mode="semi-honest"))
+    keys = game.answer(0)
+    with pytest.raises(RemoteProtocolError, match="site000 signed its keys, and a semi-honest") as caught:
+        game.receive(0, msgspec.structs.replace(keys, signature=b"junk"))
+    assert caught.value.culprits == {"site000"}
+
+    game = Round(Party(4, mode="semi-honest")).play("ShareKeys")
+    listed = game.outbox[0].advertisements
+    junk = {**listed, 2: msgspec.structs.replace(listed[2], signature=b"junk")}
+    refuses(game, 0, KeyDirectory(junk), match="site002 are signed, and a semi-honest")

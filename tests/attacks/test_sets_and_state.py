@@ -123,6 +123,7 @@ def after_masking(mode):
         ((0, 1, 2, 3, 9), "#9, who never shared with us"),
         ((1, 2, 3), "left us out"),
         ((0, 1, 2, 3, 3), "names someone twice"),
+        ((3, 2, 1, 0), "not in ascending order"),
         ((0, 0, 1, 2), "names someone twice"),
     ],
 )
