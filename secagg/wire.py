@@ -79,7 +79,7 @@ def decode_any(data: bytes, kind: Hashable, *, limit: int = LIMIT_BYTES) -> Stru
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError, SecAggError) as error:
         raise DecodeError(f"not a {getattr(kind, '__name__', 'message')}: {error}") from error
     maps = (value for name in message.__struct_fields__ if isinstance(value := getattr(message, name), dict))
-    if encode(message) != data or any(list(entries) != sorted(entries) for entries in maps):
+    if _encoder.encode(message) != memoryview(data)[1:] or any(list(entries) != sorted(entries) for entries in maps):
         raise DecodeError(f"not a {getattr(kind, '__name__', 'message')} in its one canonical form")
     return message
 
