@@ -126,7 +126,7 @@ def load_model_bytes(model: nn.Module, data: bytes) -> None:
     """
     try:
         tensors = safetensors.torch.load(data)
-    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a number format that torch does not have
+    except (SafetensorError, *_MODEL_ERRORS, OverflowError) as error:  # torch lacks number formats, and some shapes
         raise DecodeError(f"no safetensors model: {error}") from error
     own = model.state_dict()
     for name in sorted(own.keys() | tensors.keys()):

@@ -12,6 +12,9 @@ Purpose = Literal["standardize", "train", "finish"]
 Reason = Literal["budget", "data", "policy", "protocol"]
 
 
+Moments = Annotated[tuple[float, ...], Meta(max_length=1 << 16)]
+
+
 class Work(Message, frozen=True):
     """What a site needs to compute its contribution; its digest is in the round's session id.
 
@@ -22,8 +25,8 @@ class Work(Message, frozen=True):
     """
 
     model: bytes
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    mean: Moments = ()
+    std: Moments = ()
 
 
 class Request(Message, frozen=True):

@@ -122,8 +122,8 @@ class _Witness(Site):
 
     vector: RingVector | None = None
 
-    def _contribute(self, message: Request, memory: Memory) -> tuple[RingVector, int]:
-        vector, steps = super()._contribute(message, memory)
+    def _contribute(self, message: Request, memory: Memory, entropy: Entropy) -> tuple[RingVector, int]:
+        vector, steps = super()._contribute(message, memory, entropy)
         self.vector = vector.copy()
         return vector, steps
 

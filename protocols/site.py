@@ -48,7 +48,7 @@ from protocols.sessions import Sums
 from protocols.study import Study
 from secagg.errors import DecodeError, LocalProtocolError, RemoteProtocolError, SecAggError
 from secagg.keys import Identity, Roster
-from secagg.prg import Entropy, Stream
+from secagg.prg import Entropy, Label, Stream, derive
 from secagg.ring import RingVector
 from secagg.wire import SecretState, decode, encode
 
@@ -69,6 +69,8 @@ class Memory(SecretState, frozen=True):
         work_digest: Of that round.
         stages_done: Stages of that round that it has answered; 0 once the round is over for it.
         sum_state: State of the secure sum.
+        round_seed: Secret of this round, from which all randomness of its later stages comes. A site that answered and
+            went down before it kept its state gives the identical answer when it is asked again.
         trained: Rounds of training that it has contributed to.
         cohorts: Sums that it has confirmed: what was summed, and the numbers of those in the sum.
         steps: Local steps taken in the study.
@@ -82,6 +84,7 @@ class Memory(SecretState, frozen=True):
     work_digest: bytes = b""
     stages_done: int = 0
     sum_state: bytes = b""
+    round_seed: bytes = b""
     trained: int = 0
     cohorts: tuple[tuple[bytes, tuple[int, ...]], ...] = ()
     steps: int = 0
@@ -188,6 +191,8 @@ class Site:
             DecodeError: The state is not this site's.
         """
         memory = _remember(state)
+        if memory.stages_done >= len(self._sums.scheme.stages):
+            raise DecodeError("not a state of this site: it has done more stages than its study's sums have")
         digest = hashlib.sha256(request).digest()
         if digest == memory.last_request:
             return memory.last_reply, state
@@ -219,7 +224,12 @@ class Site:
             if message.round <= memory.round:
                 raise RemoteProtocolError(f"round {message.round} comes after round {memory.round}: each comes once")
             memory = msgspec.structs.replace(
-                memory, round=message.round, purpose=message.purpose, work_digest=message.work_digest, stages_done=0
+                memory,
+                round=message.round,
+                purpose=message.purpose,
+                work_digest=message.work_digest,
+                stages_done=0,
+                round_seed=self._entropy(32),
             )
         if message.stage != stages[memory.stages_done]:
             raise RemoteProtocolError(f"stage {message.stage} came where {stages[memory.stages_done]} was due")
@@ -267,14 +277,16 @@ class Site:
             self._evaluate(None, decode(message.work or b"", Work))
             return Answer(b""), memory
         scheme, vector, steps = self._sums.scheme, None, 0
+        stage_key = derive(memory.round_seed, Label.STAGE, message.work_digest, memory.stages_done)
+        entropy = Stream(stage_key).read
         if message.stage == scheme.contributes_at:
-            vector, steps = self._contribute(message, memory)
+            vector, steps = self._contribute(message, memory, entropy)
         if message.stage == scheme.stages[0]:
             session = self._sums.session(message.round, message.purpose, message.work_digest)
-            body, sum_state = scheme.begin(session, self._me, self._identity, self._entropy, vector)
+            body, sum_state = scheme.begin(session, self._me, self._identity, entropy, vector)
         else:
             body, sum_state = scheme.step(
-                message.stage, memory.sum_state, message.body, self._identity, self._entropy, vector
+                message.stage, memory.sum_state, message.body, self._identity, entropy, vector
             )
         done = (memory.stages_done + 1) % len(scheme.stages)
         memory = msgspec.structs.replace(
@@ -282,21 +294,21 @@ class Site:
         )
         return Answer(body), memory
 
-    def _contribute(self, message: Request, memory: Memory) -> tuple[RingVector, int]:
+    def _contribute(self, message: Request, memory: Memory, entropy: Entropy) -> tuple[RingVector, int]:
         """The site's vector for this round, over the ring, and how many local steps it took."""
         work = decode(message.work or b"", Work)
         if message.purpose == "standardize":
             return self._sums.exact.encode(self._moments()), 0
         model, study = self._evaluate(message.round, work), self._study
         if self._plan is not None:
-            update = private_update(model, self.data, study, self._plan, self._entropy)
+            update = private_update(model, self.data, study, self._plan, entropy)
         elif study.training.algorithm == "fedsgd":
             update = gradient_update(model, self.data, self._device)
         else:
             seed = (study.seed, self._me)
             update = local_update(model, self.data, study.training, self._device, seed=seed, steps_done=memory.steps)
         weight, fixed = update.weight if study.training.weighting == "records" else 1, self._sums.fixed_point
-        encoded = fixed.encode(update.values, weight, Stream(self._entropy(16)))
+        encoded = fixed.encode(update.values, weight, Stream(entropy(16)))
         if encoded.clipped:
             self.log.append(
                 f"{self.name}: round {message.round}: {encoded.clipped} of {update.values.size} entries were larger "

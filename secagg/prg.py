@@ -44,6 +44,7 @@ class Label(bytes, enum.Enum):
     SIGN_SURVIVORS = b"signature: survivors"
     ROUNDING = b"rounding"
     ENTROPY = b"entropy"
+    STAGE = b"entropy of a stage"
 
 
 def domain(label: Label, session_id: bytes, *numbers: int) -> bytes:

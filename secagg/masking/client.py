@@ -130,6 +130,10 @@ def share_keys(
 ) -> tuple[Shared, EncryptedShares]:
     """Round 1, ShareKeys: check everyone's keys, agree with each, and share s_u and a fresh b_u among them.
 
+    Where this may be called again from the same state, because the process ended before it kept the next one, `entropy`
+    must give the same bytes again. With others the server would hold shares of one b_u while another masks the vector,
+    and the channels' keys would seal two texts.
+
     Raises:
         BelowThreshold: U1 is smaller than the threshold.
         RemoteProtocolError: Someone off the roster, a bad signature, a repeated or low-order key, or this participant's

@@ -59,7 +59,7 @@ class MaskedInput(Message, frozen=True):
 class SurvivorSet(Message, frozen=True):
     """Round 2, server to participants: U3, everyone whose masked vector is in the sum; in ascending order."""
 
-    survivors: tuple[Number, ...]
+    survivors: Annotated[tuple[Number, ...], Meta(max_length=1 << 16)]
 
 
 class Confirmation(Message, frozen=True):

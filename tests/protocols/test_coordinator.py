@@ -319,7 +319,7 @@ def test_a_vector_outside_its_bounds_never_moves_the_model():
     before = model_bytes(world.model)
     monstrous = world.sites["birch"]
 
-    def contribute(message, memory):
+    def contribute(message, memory, entropy):
         fixed = world.study.fixed_point
         vector = fixed.ring.zeros(1 + 4)
         vector[0] = 4 * 10_000 + 1
@@ -337,7 +337,7 @@ def test_weights_that_add_up_to_zero_lose_the_round_and_leave_the_model(aggregat
     world = World(fedsgd(protocol={"aggregation": aggregation, "max_failed_rounds": 1}))
     before = model_bytes(world.model)
     for site in world.sites.values():
-        site._contribute = lambda message, memory: (world.study.fixed_point.ring.zeros(5), 1)
+        site._contribute = lambda *_: (world.study.fixed_point.ring.zeros(5), 1)
     world.run()
     assert world.rounds[0].outcome == "failed"
     assert "add up to 0" in world.rounds[0].faults[0]

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 
 import msgspec
 import numpy as np
@@ -621,3 +622,24 @@ def test_a_training_site_leaves_the_applications_logging_alone():
     before = list(logging.root.handlers)
     World(study(privacy=PRIVATE)).run()
     assert logging.root.handlers == before
+
+
+@pytest.mark.parametrize("changes", [{}, {"privacy": PRIVATE}])
+@pytest.mark.parametrize("stage", ["ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmask"])
+def test_a_site_that_lost_its_last_state_answers_the_same_again(stage, changes):
+    """It answered, and went down before it kept its state. Other randomness would show a difference or spoil a sum."""
+    world = World(study(**changes))
+    world.sites["birch"]._entropy = os.urandom
+    request = world.until(stage)["birch"]
+    kept = world.states["birch"]
+    first = world.ask("birch", request)
+    world.engine.states["birch"] = kept
+    assert world.ask("birch", request) == first
+    world.coordinator.receive("birch", first)
+
+
+def test_a_state_with_more_stages_than_there_are_is_none_of_the_sites():
+    world = World(study())
+    odd = msgspec.structs.replace(Memory(), stages_done=99)
+    with pytest.raises(DecodeError, match="more stages"):
+        world.sites["birch"].handle(b"", encode(odd))

@@ -1,0 +1,139 @@
+"""Write the seeds: what is really said and kept in one small study and one bare round, a file each.
+
+    python tests/fuzz/make_seeds.py
+
+The same files come out each time. They hold nobody's secrets: all keys are made from fixed bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from protocols.aggregation import Masked
+from protocols.fedavg import model_bytes
+from protocols.messages import Refusal, Request
+from secagg import Ring
+from secagg.wire import decode, encode
+from tests.fuzz.targets import DIMS, DTYPES, TARGETS, small_model
+from tests.protocols.hospitals import PRIVATE, World, study
+from tests.secagg.simulation import Party
+
+SEEDS = Path(__file__).parent / "seeds"
+ANSWERS = {
+    "AdvertiseKeys": "Advertisement",
+    "ShareKeys": "EncryptedShares",
+    "MaskedInput": "MaskedInput",
+    "ConsistencyCheck": "Confirmation",
+    "Unmask": "UnmaskShares",
+}
+REQUESTS = {
+    "ShareKeys": "KeyDirectory",
+    "MaskedInput": "ShareInbox",
+    "ConsistencyCheck": "SurvivorSet",
+    "Unmask": "ConfirmationSet",
+}
+
+
+def a_round(mode: str) -> dict[str, bytes]:
+    """Each message and state of a round of four in which the last drops out with its vector."""
+    party = Party(4, mode=mode, threshold=3)
+    scheme, vectors = Masked(mode), party.vectors()
+    server = scheme.server(party.session)
+    seeds: dict[str, bytes] = {}
+    states: dict[int, bytes] = {}
+    while server.stage != "done":
+        stage = server.stage
+        for u, request in server.requests().items():
+            if u == 3 and stage == "MaskedInput":
+                continue
+            identity, entropy = party.identity[u], party.entropy[u]
+            if stage == "AdvertiseKeys":
+                answer, states[u] = scheme.begin(party.session, u, identity, entropy)
+            else:
+                answer, states[u] = scheme.step(stage, states[u], request, identity, entropy, vectors[u])
+                named = "SurvivorSet" if (stage, mode) == ("Unmask", "semi-honest") else REQUESTS[stage]
+                seeds[f"{named}/{mode}"] = request
+            seeds[f"{ANSWERS[stage]}/{mode}"] = answer
+            seeds[f"ClientState/{mode}-{stage}"] = states[u]
+            server.receive(u, answer)
+        server.close()
+    return seeds
+
+
+def a_study() -> dict[str, bytes]:
+    """What the first site hears, says and remembers, with standardising over all sites and with private training."""
+    seeds: dict[str, bytes] = {"Reply/refusal": encode(Refusal("budget"))}
+    for kind, changes in (
+        ("global", {"task": {"standardize": "global"}}),
+        ("private", {"privacy": PRIVATE, "task": {"standardize": "none"}}),
+    ):
+        world = World(study(**changes))
+        while requests := world.coordinator.requests():
+            for name, request in requests.items():
+                reply = world.ask(name, request)
+                world.coordinator.receive(name, reply)
+                if name == world.study.site_names[0]:
+                    said = decode(request, Request)
+                    label = f"{kind}-{said.round}-{said.stage}"
+                    seeds |= {f"Request/{label}": request, f"Reply/{label}": reply}
+                    seeds[f"Memory/{label}"] = world.states[name]
+                    if said.work is not None:
+                        seeds[f"Work/{label}"] = said.work
+            world.coordinator.close_stage()
+    return seeds
+
+
+def vectors() -> dict[str, bytes]:
+    """Packed vectors of several rings, after their width and size."""
+    rng = np.random.default_rng(0)
+    seeds = {}
+    for bits, size in ((1, 9), (13, 5), (26, 16), (32, 3), (33, 7), (64, 2)):
+        ring = Ring(bits)
+        vector = ring.reduce(rng.integers(0, 2**bits - 1, size, np.uint64, endpoint=True).astype(ring.dtype))
+        seeds[f"Ring/{bits}"] = bytes([bits - 1, size]) + ring.pack(vector)
+    return seeds
+
+
+def all_seeds() -> dict[str, bytes]:
+    """`target/name` to bytes."""
+    torch.manual_seed(0)
+    model = small_model()
+    models = {
+        "load_model/plain": model_bytes(model),
+        "load_model/metadata": safetensors.torch.save(model.state_dict(), {"format": "pt"}),
+    }
+    names = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+    choices: list[int] = []
+    for tensor in model.state_dict().values():
+        choices += [DTYPES.index(names[tensor.dtype]), tensor.dim(), *map(DIMS.index, tensor.shape), 0]
+    models["load_model_header/plain"] = bytes(choices)
+    return a_round("active") | a_round("semi-honest") | a_study() | vectors() | models
+
+
+def read_seeds(target: str) -> list[bytes]:
+    """The seeds of a target as they lie on disk."""
+    return [path.read_bytes() for path in sorted((SEEDS / target).glob("*.bin"))]
+
+
+def main() -> None:
+    """Write every seed, and say how many there are."""
+    total = 0
+    for name, data in all_seeds().items():
+        path = SEEDS / f"{name}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        total += len(data)
+    missing = [target for target in TARGETS if not read_seeds(target)]
+    print(f"{len(all_seeds())} seeds, {total} bytes; targets without: {missing or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
