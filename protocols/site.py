@@ -69,8 +69,9 @@ class Memory(SecretState, frozen=True):
         work_digest: Of that round.
         stages_done: Stages of that round that it has answered; 0 once the round is over for it.
         sum_state: State of the secure sum.
-        round_seed: Secret of this round, from which all randomness of its later stages comes. A site that answered and
-            went down before it kept its state gives the identical answer when it is asked again.
+        round_seed: Secret from which the randomness of the next stage comes, and the next such secret. A site that
+            answered and went down before it kept its state gives the identical answer when it is asked again. Empty
+            once the round is over for it.
         trained: Rounds of training that it has contributed to.
         cohorts: Sums that it has confirmed: what was summed, and the numbers of those in the sum.
         steps: Local steps taken in the study.
@@ -205,7 +206,7 @@ class Site:
         except (SecAggError, DpError) as error:
             self.log.append(f"{self.name}: {error}")
             reply = Refusal(_reason(error))
-            memory = msgspec.structs.replace(memory, stages_done=0, sum_state=b"")
+            memory = msgspec.structs.replace(memory, stages_done=0, sum_state=b"", round_seed=b"")
         encoded = encode(reply)
         return encoded, encode(msgspec.structs.replace(memory, last_request=digest, last_reply=encoded))
 
@@ -277,8 +278,9 @@ class Site:
             self._evaluate(None, decode(message.work or b"", Work))
             return Answer(b""), memory
         scheme, vector, steps = self._sums.scheme, None, 0
-        stage_key = derive(memory.round_seed, Label.STAGE, message.work_digest, memory.stages_done)
-        entropy = Stream(stage_key).read
+        # One way: a later state cannot tell what an earlier stage drew, which is what it must have forgotten.
+        here, after = (derive(memory.round_seed, Label.STAGE, message.work_digest, i) for i in (0, 1))
+        entropy = Stream(here).read
         if message.stage == scheme.contributes_at:
             vector, steps = self._contribute(message, memory, entropy)
         if message.stage == scheme.stages[0]:
@@ -290,7 +292,11 @@ class Site:
             )
         done = (memory.stages_done + 1) % len(scheme.stages)
         memory = msgspec.structs.replace(
-            memory, stages_done=done, sum_state=sum_state if done else b"", steps=memory.steps + steps
+            memory,
+            stages_done=done,
+            sum_state=sum_state if done else b"",
+            round_seed=after if done else b"",
+            steps=memory.steps + steps,
         )
         return Answer(body), memory
 

@@ -643,3 +643,20 @@ def test_a_state_with_more_stages_than_there_are_is_none_of_the_sites():
     odd = msgspec.structs.replace(Memory(), stages_done=99)
     with pytest.raises(DecodeError, match="more stages"):
         world.sites["birch"].handle(b"", encode(odd))
+
+
+def test_a_state_forgets_what_its_round_was_drawn_from():
+    world = World(study(rounds=1))
+    seeds = [b""]
+    for stage in STAGES:
+        request = world.until(stage)["birch"]
+        seeds.append(memory(world).round_seed)
+        assert seeds[-1] not in seeds[:-1] or stage == STAGES[0]
+        assert seeds[-2] == b"" or seeds[-2] not in world.states["birch"]
+        assert request
+    world.run()
+    assert memory(world).round_seed == b""
+
+    refusing = World(study(model=EXPLOSIVE))
+    assert refusing.ask("birch", refusing.until("MaskedInput")["birch"]) == REFUSED["data"]
+    assert memory(refusing).round_seed == b""
