@@ -13,7 +13,7 @@ import torch
 from _harness import Figure, arguments, report
 
 from protocols import parse_study, run_study
-from protocols.datasets import SiteData, heart_disease
+from protocols.datasets import SiteData, heart_disease, pooled
 from protocols.fedavg import evaluate
 from protocols.run import Run
 
@@ -44,24 +44,20 @@ learning_rate = {learning_rate}
 
 
 def pooled_test(data: dict[str, SiteData]) -> SiteData:
-    joined = {
-        part: np.concatenate([getattr(site, part) for site in data.values()])
-        for part in ("train_x", "train_y", "test_x", "test_y")
-    }
-    raw = SiteData("pooled", next(iter(data.values())).features, **joined)
+    raw = pooled(data.values())
     x = raw.train_x.astype(np.float64)
     return raw.standardized(x.mean(axis=0), x.std(axis=0, ddof=1))
 
 
-def accuracies(run: Run, pooled: SiteData) -> dict[str, float]:
+def accuracies(run: Run, pooled_rows: SiteData) -> dict[str, float]:
     each = {name: site.federated.accuracy for name, site in run.sites.items()}
-    together = evaluate(run.model, pooled, torch.device("cpu")).accuracy
+    together = evaluate(run.model, pooled_rows, torch.device("cpu")).accuracy
     return {**each, "mean": sum(each.values()) / len(each), "pooled": together}
 
 
 def measure(standardize: str, learning_rate: float, seeds: tuple[int, ...], rounds: int) -> list[dict[str, float]]:
     data = heart_disease("flamby")
-    pooled = pooled_test(data)
+    together = pooled_test(data)
     results = []
     for seed in seeds:
         study = parse_study(
@@ -70,7 +66,7 @@ def measure(standardize: str, learning_rate: float, seeds: tuple[int, ...], roun
         run = run_study(study, data)
         if run.stopped is not None or any(record.outcome != "opened" for record in run.rounds):
             raise SystemExit(f"a round was lost: {run.stopped}")
-        results.append(accuracies(run, pooled))
+        results.append(accuracies(run, together))
     return results
 
 

@@ -84,7 +84,7 @@ class Csprng:
         return ((self.uint64(n) >> np.uint64(12)).astype(np.float64) * 2.0 + 1.0) * 2.0**-53
 
     def gaussian(self, n: int) -> NDArray[np.float64]:
-        """Draws from the standard normal distribution, as the quantiles of `uniform` (2.5 times Box-Muller's speed).
+        """Draws from the standard normal distribution, as the quantiles of `uniform`.
 
         The largest magnitude that can come out is 8.2, beyond which the true distribution has mass 2^-52. One draw
         alone shows its float64 grid; noise that hides data is summed from several (see `dp.sgd`).

@@ -143,6 +143,20 @@ class SiteData:
         return replace(self, train_x=train_x, test_x=test_x)
 
 
+def pooled(sites: Iterable[SiteData]) -> SiteData:
+    """Puts all sites' rows together, training and test parts each; only where one machine may see them all.
+
+    Args:
+        sites: At least one, all with the same features.
+    """
+    every = list(sites)
+    joined = {
+        part: np.concatenate([getattr(site, part) for site in every])
+        for part in ("train_x", "train_y", "test_x", "test_y")
+    }
+    return SiteData(site="pooled", features=every[0].features, **joined)
+
+
 def require_both_classes(site: str, labels: NDArray[np.floating]) -> None:
     """Refuses a site whose rows all have one class, from which no classifier can be learnt or judged.
 

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 from msgspec import Struct
 
 from dp import Spent
 from protocols.coordinator import Coordinator, RoundRecord
-from protocols.datasets import SiteData, heart_disease, read_csv
+from protocols.datasets import SiteData, heart_disease, pooled, read_csv
 from protocols.engines import Engine
 from protocols.engines.faulty import Fault, Faulty
 from protocols.engines.in_process import InProcess
@@ -221,7 +220,7 @@ def _with_baselines(
     device = training_device(study.device)
     # A site that the global standard never reached has no rows to compare on.
     standardized = {site.name: site.data for site in sites if site.standardized}
-    pooled_model = _alone(study, _pool(standardized), device)
+    pooled_model = _alone(study, pooled(standardized.values()), device)
     noiseless: Mapping[str, SiteResult] = {}
     if study.private:
         noiseless = run_study(_without_privacy(study, data), data, entropy=entropy).sites
@@ -272,15 +271,6 @@ def _without_privacy(study: Study, data: Mapping[str, SiteData]) -> Study:
     rows = sum(site.train_rows for site in data.values()) // len(data)
     training = study.training if study.training.algorithm == "fedsgd" else _plain_training(study, rows)
     return msgspec.structs.replace(study, privacy=Privacy(), training=training)
-
-
-def _pool(data: Mapping[str, SiteData]) -> SiteData:
-    sites = list(data.values())
-    joined = {
-        part: np.concatenate([getattr(site, part) for site in sites])
-        for part in ("train_x", "train_y", "test_x", "test_y")
-    }
-    return SiteData(site="pooled", features=sites[0].features, **joined)
 
 
 @contextmanager

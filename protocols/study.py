@@ -288,13 +288,13 @@ def parse_study(text: str, *, name: str = "study.toml") -> Study:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise StudyError(f"{name}: no valid TOML: {error}") from error
+        raise StudyError(_one_line(f"{name}: no valid TOML: {error}")) from error
     try:
         return msgspec.convert(table, Study)
     except msgspec.ValidationError as error:
-        raise StudyError(f"{name}: {_readable(str(error), table)}") from None
+        raise StudyError(_one_line(f"{name}: {_readable(str(error), table)}")) from None
     except StudyError as error:
-        raise StudyError(f"{name}: {error}") from None
+        raise StudyError(_one_line(f"{name}: {error}")) from None
 
 
 def demo_study() -> Study:
@@ -302,12 +302,17 @@ def demo_study() -> Study:
     return parse_study(DEMO_TEXT, name="demo.toml")
 
 
+def _one_line(message: str) -> str:
+    """A message about a key whose name holds line breaks is one line all the same."""
+    return message.replace("\n", "\\n").replace("\r", "\\r")
+
+
 def _readable(message: str, table: dict[str, Any]) -> str:
     """The message of msgspec with the path first, and the value that came."""
     what, _, path = message.partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     where = table_at(table, path)
-    if unknown := re.match(r"Object contains unknown field `(.*)`", what):
+    if unknown := re.match(r"Object contains unknown field `(.*)`", what, re.DOTALL):
         known = [field.name for field in msgspec.structs.fields(_type_at(path))]
         near = difflib.get_close_matches(unknown[1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"

@@ -422,15 +422,16 @@ PATHS = [
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(private=st.booleans(), changes=st.lists(st.tuples(st.sampled_from(PATHS), values), min_size=1, max_size=3))
-def test_whatever_a_table_holds_the_outcome_is_a_study_with_a_digest_or_one_line(monkeypatch_tables, private, changes):
+def test_whatever_a_table_holds_the_outcome_is_a_study_with_a_digest_or_one_line(private, changes):
     made = table(**({"privacy": PRIVATE} if private else {}))
     for path, value in changes:
         if len(path) == 1:
             made[path[0]] = value
         elif isinstance(made.setdefault(path[0], {}), dict):
             made[path[0]][path[1]] = value
-    monkeypatch_tables(made)
-    check_outcome(lambda: parse_study(""))
+    with pytest.MonkeyPatch.context() as patch:  # stands in for the TOML reader, so that any tables can be given
+        patch.setattr(study_module.tomllib, "loads", lambda _: made)
+        check_outcome(lambda: parse_study(""))
 
 
 def check_outcome(build):
@@ -462,16 +463,16 @@ def test_whatever_number_a_field_holds_the_outcome_is_a_study_with_a_digest_or_o
         check_outcome(partial(converted, made))
 
 
-@pytest.fixture(scope="module")
-def monkeypatch_tables():
-    """Stands in for the TOML reader, so that any tables can be given."""
-    with pytest.MonkeyPatch.context() as patch:
-        yield lambda made: patch.setattr(study_module.tomllib, "loads", lambda _: made)
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60))
 def test_whatever_text_a_file_holds_the_outcome_is_one_line(text):
     with pytest.raises(StudyError) as caught:
         parse_study(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["\\n", "a\\nb", "\\r\\n"])
+def test_a_key_with_line_breaks_is_told_in_one_line(key):
+    line = refusal(f'"{key}" = 1\n' + TEXT)
+    assert "unknown key" in line
+    assert "\r" not in line
