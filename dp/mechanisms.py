@@ -31,7 +31,7 @@ class Relation(enum.StrEnum):
         return dp_accounting.NeighboringRelation[self.name]
 
 
-class PoissonSampledGaussian(msgspec.Struct, frozen=True, kw_only=True):
+class PoissonSampledGaussian(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Repeated sums of clipped vectors over random subsets, with Gaussian noise: what DP-SGD releases.
 
     In each of `steps` steps every record joins the sum independently with probability `sampling_rate`; its vector is

@@ -15,7 +15,7 @@ from secagg.errors import (
 )
 from secagg.fixed_point import FixedPoint, plan
 from secagg.keys import Identity, Member, Roster, fingerprint
-from secagg.masking.params import Params, Session, least_threshold
+from secagg.masking.params import Params, Session, Subject, least_threshold
 from secagg.prg import Entropy, Stream, deterministic_entropy
 from secagg.ring import Ring, RingVector
 
@@ -37,6 +37,7 @@ __all__ = [
     "SecAggError",
     "Session",
     "Stream",
+    "Subject",
     "deterministic_entropy",
     "fingerprint",
     "least_threshold",

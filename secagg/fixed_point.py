@@ -198,13 +198,16 @@ class FixedPoint(Struct, frozen=True):
                 f"the weights add up to {weight}, more than {self.clients} clients x {self.max_weight}: "
                 "a participant sent a vector outside its bounds"
             )
-        sums = self.ring.signed(total[1:])
-        if sums.size and max(int(sums.max()), -int(sums.min())) > weight * self.unit_limit:
-            raise RemoteProtocolError(
-                f"an entry of the sum exceeds sum of weights x largest value = {weight} x {self.max_value}: "
-                "a participant sent a vector outside its bounds"
-            )
-        return weight, sums / (weight * 2.0**self.fraction_bits)
+        mean = np.empty(total.size - 1)
+        for start in range(0, mean.size, _BLOCK):
+            sums = self.ring.signed(total[1 + start : 1 + start + _BLOCK])
+            if max(int(sums.max()), -int(sums.min())) > weight * self.unit_limit:
+                raise RemoteProtocolError(
+                    f"an entry of the sum exceeds sum of weights x largest value = {weight} x {self.max_value}: "
+                    "a participant sent a vector outside its bounds"
+                )
+            np.divide(sums, weight * 2.0**self.fraction_bits, out=mean[start : start + _BLOCK])
+        return weight, mean
 
 
 def plan(

@@ -33,15 +33,21 @@ _ZEROS = memoryview(bytes(_BLOCK_BYTES))
 class Label(bytes, enum.Enum):
     """What a derived key, a hash or a signature is for. Every use in the library is listed here, once."""
 
+    PARAMS = b"parameters"
     SESSION = b"session"
+    SUBJECT = b"subject of a sum"
     FINGERPRINT = b"fingerprint"
     SELF_MASK = b"mask: own"
+    PAIRWISE_SECRET = b"pairwise secret"
     PAIRWISE_MASK = b"mask: pairwise"
     CHANNEL = b"channel"
     COMMIT_SELF_MASK = b"commitment: own mask seed"
     SIGN_KEYS = b"signature: keys"
     SIGN_COMMITMENT = b"signature: commitment"
     SIGN_SURVIVORS = b"signature: survivors"
+    SIGN_TRANSCRIPT = b"signature: transcript"
+    SIGN_LEDGER = b"signature: budget ledger"
+    RECORD = b"record of a sum"
     ROUNDING = b"rounding"
     ENTROPY = b"entropy"
     STAGE = b"entropy of a stage"
@@ -59,7 +65,7 @@ def derive(secret: bytes, label: Label, session_id: bytes, *numbers: int) -> byt
     Args:
         secret: Input keying material: a shared X25519 secret or a random seed.
         label: The purpose.
-        session_id: 32 bytes that bind the key to study, roster, round and model.
+        session_id: 32 bytes that bind the key to study, roster and round; of a sum, to what is summed as well.
         numbers: Identities and counters that set keys of the same purpose apart.
     """
     info = domain(label, session_id, *numbers)

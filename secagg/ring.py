@@ -7,6 +7,7 @@ On the wire a vector is little-endian and packed to exactly b bits a value.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import gcd
 from typing import Any
 
@@ -19,8 +20,8 @@ from secagg.errors import DecodeError, LocalProtocolError
 RingVector = npt.NDArray[np.unsignedinteger[Any]]
 """`uint32` for rings of up to 32 bits, else `uint64`; shape [d]."""
 
-# Values packed at a time: a block and its packed words stay in a level-2 cache.
-_PACK_BLOCK = 1 << 15
+# Values packed at a time: a block and its packed bytes stay in a level-2 cache.
+_PACK_BLOCK = 1 << 16
 
 
 class Ring(Struct, frozen=True):
@@ -96,33 +97,64 @@ class Ring(Struct, frozen=True):
     def pack(self, vector: RingVector) -> bytes:
         """Write each value's low `bits` bits one after another, little-endian; unused bits at the end are zero."""
         self.check(vector, np.size(vector))
-        little = vector.dtype.newbyteorder("<")
         if self.bits == self.word_bits:
-            return vector.astype(little, copy=False).tobytes()
-        values, words = self._group()
+            return vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()
+        values, octets = self._run()
         block = _PACK_BLOCK // values * values
         mask = vector.dtype.type(self.modulus - 1)
-        out = np.empty((-(-vector.size // values), words), little)
+        out = np.zeros(-(-vector.size // values) * octets + self.dtype.itemsize, np.uint8)
         for start in range(0, vector.size, block):
             part = vector[start : start + block] & mask
-            if part.size % values:
-                part = np.concatenate([part, np.zeros(-part.size % values, part.dtype)])
-            rows = part.reshape(-1, values)
-            packed = np.zeros((rows.shape[0], words), vector.dtype)
-            for column in range(values):
-                word, offset = divmod(column * self.bits, self.word_bits)
-                packed[:, word] |= rows[:, column] << offset
-                if offset + self.bits > self.word_bits:
-                    packed[:, word + 1] |= rows[:, column] >> (self.word_bits - offset)
-            out[start // values : start // values + rows.shape[0]] = packed
-        return out.tobytes()[: self.packed_size(vector.size)]
+            for where, shift, words, spill in self._columns(out[start // values * octets :], part.size):
+                value = part[where]
+                words |= value << shift
+                if spill is not None:
+                    spill |= (value >> (self.word_bits - shift)).astype(np.uint8)
+        return out[: self.packed_size(vector.size)].tobytes()
 
-    def unpack(self, data: bytes, size: int) -> RingVector:
+    def unpack(self, data: bytes | memoryview, size: int) -> RingVector:
         """Read `size` values back.
 
         Raises:
             DecodeError: Another length than `packed_size(size)`, or unused bits at the end that are not zero.
         """
+        self._check_packed(data, size)  # before so many values are allocated
+        out = self.zeros(size)
+        self.add_packed(out, data)
+        return out
+
+    def add_packed(self, total: RingVector, data: bytes | memoryview) -> None:
+        """Add a packed vector, in place and block by block: nothing of its size is allocated.
+
+        Args:
+            total: Shape [d] over this ring; wraps in its machine word.
+            data: d values as `pack` writes them.
+
+        Raises:
+            LocalProtocolError: `total` is no contiguous vector of this ring.
+            DecodeError: What `unpack` refuses; `total` is as it was.
+        """
+        self.check(total, np.size(total))
+        self._check_packed(data, total.size)
+        if self.bits == self.word_bits:
+            np.add(total, np.frombuffer(data, self.dtype.newbyteorder("<")), out=total)
+            return
+        values, octets = self._run()
+        block = _PACK_BLOCK // values * values
+        mask = self.dtype.type(self.modulus - 1)
+        view, length = memoryview(data), block // values * octets + self.dtype.itemsize
+        for start in range(0, total.size, block):
+            part = total[start : start + block]
+            packed = view[start // values * octets :][:length]
+            if len(packed) < length:  # at the end, where a word may reach over it
+                packed = memoryview(bytes(packed) + bytes(self.dtype.itemsize))
+            for where, shift, words, spill in self._columns(packed, part.size):
+                value = words >> shift
+                if spill is not None:
+                    value |= spill.astype(self.dtype) << (self.word_bits - shift)
+                part[where] += value & mask
+
+    def _check_packed(self, data: bytes | memoryview, size: int) -> None:
         if len(data) != self.packed_size(size):
             raise DecodeError(
                 f"{size} values of {self.bits} bits take {self.packed_size(size)} bytes, got {len(data)} bytes"
@@ -130,27 +162,36 @@ class Ring(Struct, frozen=True):
         unused = -self.bits * size % 8
         if unused and data[-1] >> (8 - unused):
             raise DecodeError(f"the last {unused} bits of a packed vector are unused and must be zero")
-        little = self.dtype.newbyteorder("<")
-        if self.bits == self.word_bits:
-            return np.frombuffer(data, little).astype(self.dtype)
-        values, words = self._group()
-        block = _PACK_BLOCK // values
-        groups = -(-size // values)
-        padded = data + bytes(groups * words * self.dtype.itemsize - len(data))
-        packed = np.frombuffer(padded, little).reshape(groups, words)
-        out = np.empty((groups, values), self.dtype)
-        mask = self.dtype.type(self.modulus - 1)
-        for start in range(0, groups, block):
-            part = packed[start : start + block].astype(self.dtype, copy=False)
-            for column in range(values):
-                word, offset = divmod(column * self.bits, self.word_bits)
-                value = part[:, word] >> offset
-                if offset + self.bits > self.word_bits:
-                    value |= part[:, word + 1] << (self.word_bits - offset)
-                np.bitwise_and(value, mask, out=out[start : start + block, column])
-        return out.reshape(-1)[:size].copy() if groups * values != size else out.reshape(-1)
 
-    def _group(self) -> tuple[int, int]:
-        """The smallest run of values that fills whole words: (values, words)."""
-        common = gcd(self.bits, self.word_bits)
-        return self.word_bits // common, self.bits // common
+    def _run(self) -> tuple[int, int]:
+        """The smallest run of values that fills whole bytes and at least a machine word: (values, bytes)."""
+        common = gcd(self.bits, 8)
+        times = -(-self.dtype.itemsize * common // self.bits)
+        return 8 // common * times, self.bits // common * times
+
+    def _columns(
+        self, packed: npt.NDArray[np.uint8] | memoryview, size: int
+    ) -> Iterator[tuple[slice, int, RingVector, npt.NDArray[np.uint8] | None]]:
+        """Where `size` packed values stand: the first values of all runs, then the second ones, and so on.
+
+        A value starts at bit `shift` of a word that starts at any byte, and ends in it or in the byte after it. Words
+        of one column do not overlap, because a run is no shorter than a word.
+
+        Args:
+            packed: The bytes, and after them room for a word, over which the last one may reach.
+            size: How many values.
+
+        Yields:
+            The values' places among the `size`, shift, words, and the bytes after the words or None where none is
+            needed. Words and bytes are views of `packed`.
+        """
+        values, octets = self._run()
+        word = self.dtype.newbyteorder("<")
+        for column in range(min(values, size)):
+            at, shift = divmod(column * self.bits, 8)
+            where = slice(column, size, values)
+            shape = (len(range(column, size, values)),)
+            words = np.ndarray(shape, word, packed, at, (octets,))
+            spills = shift + self.bits > self.word_bits
+            spill = np.ndarray(shape, np.uint8, packed, at + word.itemsize, (octets,)) if spills else None
+            yield where, shift, words, spill

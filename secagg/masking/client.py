@@ -18,6 +18,7 @@ from secagg.errors import BelowThreshold, LocalProtocolError, RemoteProtocolErro
 from secagg.keys import AgreementKey, Identity, verify
 from secagg.masking.messages import (
     Advertisement,
+    Commitment,
     Confirmation,
     ConfirmationSet,
     EncryptedShares,
@@ -27,7 +28,7 @@ from secagg.masking.messages import (
     SurvivorSet,
     UnmaskShares,
 )
-from secagg.masking.params import Session
+from secagg.masking.params import Session, Subject, Terms, differences
 from secagg.prg import Entropy, Label, add_keystreams, derive, domain
 from secagg.ring import RingVector
 from secagg.sealed import channel_key, seal, unseal
@@ -49,7 +50,7 @@ class Shared(SecretState, frozen=True, tag=True):
 
     Attributes:
         self_mask_seed: b_u.
-        pairwise_keys: Mask key with every other member of U1.
+        pairwise_secrets: With every other member of U1; a mask's key comes from it once the sum's subject is known.
         inbound_keys: Key of the channel from every other member of U1.
         own_shares: The two shares that u keeps of its own secrets (of s_u, of b_u).
     """
@@ -57,7 +58,7 @@ class Shared(SecretState, frozen=True, tag=True):
     me: int
     session: Session
     self_mask_seed: bytes
-    pairwise_keys: dict[int, bytes]
+    pairwise_secrets: dict[int, bytes]
     inbound_keys: dict[int, bytes]
     own_shares: tuple[bytes, bytes]
 
@@ -67,6 +68,7 @@ class Masked(SecretState, frozen=True, tag=True):
 
     me: int
     session: Session
+    subject: Subject
     held: dict[int, tuple[bytes, bytes]]
 
 
@@ -75,6 +77,7 @@ class Confirmed(SecretState, frozen=True, tag=True):
 
     me: int
     session: Session
+    subject: Subject
     held: dict[int, tuple[bytes, bytes]]
     survivors: tuple[int, ...]
 
@@ -102,7 +105,7 @@ def advertise(session: Session, me: int, identity: Identity, entropy: Entropy) -
     """Round 0, AdvertiseKeys: fresh key pairs for the channel (c_u) and the masks (s_u), signed for this session.
 
     Args:
-        session: What this participant pinned itself.
+        session: What this participant pinned itself. It must never advertise twice for the same one.
         me: Its own number.
         identity: Its long-term key; must be the one that the roster names.
         entropy: Source of the two 32-byte secrets.
@@ -115,13 +118,13 @@ def advertise(session: Session, me: int, identity: Identity, entropy: Entropy) -
     if session.params.roster.members[me].identity != identity.public:
         raise LocalProtocolError(f"the roster has another key for {session.params.roster.name(me)} than its identity")
     channel, mask = AgreementKey(entropy(32)), AgreementKey(entropy(32))
-    signature = b""
+    terms, signature = session.terms, b""
     if session.params.active:
         payload = keys_payload(me, channel.public, mask.public)
-        signature = identity.sign(Label.SIGN_KEYS, session.id, payload)
+        signature = identity.sign(Label.SIGN_KEYS, terms.session_id, payload)
     return (
         Advertised(me, session, channel.secret, mask.secret),
-        Advertisement(channel.public, mask.public, signature),
+        Advertisement(terms, channel.public, mask.public, signature),
     )
 
 
@@ -136,14 +139,15 @@ def share_keys(
 
     Raises:
         BelowThreshold: U1 is smaller than the threshold.
-        RemoteProtocolError: Someone off the roster, a bad signature, a repeated or low-order key, or this participant's
-            own entry missing or changed.
+        RemoteProtocolError: Someone off the roster, keys that are not signed or for another session, a repeated or
+            low-order key, or this participant's own entry missing or changed.
     """
-    me, session = state.me, state.session
-    sid, roster = session.id, session.params.roster
+    me, session, roster = state.me, state.session, state.session.params.roster
+    terms = session.terms
+    sid = terms.session_id
     channel, mask = AgreementKey(state.channel_secret), AgreementKey(state.mask_secret)
     listed = directory.advertisements
-    _check_directory(session, sid, me, listed, channel.public, mask.public)
+    _check_directory(session, terms, me, listed, channel.public, mask.public)
     seed = entropy(32)
     shares_of_secret = split(state.mask_secret, session.params.threshold, listed, entropy)
     shares_of_seed = split(seed, session.params.threshold, listed, entropy)
@@ -153,7 +157,7 @@ def share_keys(
             continue
         try:
             shared = channel.agree(ad.channel_key)
-            pairwise[v] = pairwise_key(mask, ad.mask_key, sid, me, v)
+            pairwise[v] = pairwise_secret(mask, ad.mask_key, sid, me, v)
         except RemoteProtocolError as error:
             raise RemoteProtocolError(f"{roster.name(v)}: {error}") from error
         inbound[v] = channel_key(shared, sid, v, me)
@@ -162,19 +166,23 @@ def share_keys(
     committed = commitment(seed, sid, me)
     signature = identity.sign(Label.SIGN_COMMITMENT, sid, committed) if session.params.active else b""
     own = shares_of_secret[me], shares_of_seed[me]
-    return Shared(me, session, seed, pairwise, inbound, own), EncryptedShares(boxes, committed, signature)
+    return Shared(me, session, seed, pairwise, inbound, own), EncryptedShares(
+        terms, boxes, Commitment(committed, signature)
+    )
 
 
-def mask_input(state: Shared, inbox: ShareInbox, vector: RingVector) -> tuple[Masked, MaskedInput]:
+def mask_input(state: Shared, inbox: ShareInbox, subject: Subject, vector: RingVector) -> tuple[Masked, MaskedInput]:
     """Round 2, MaskedInput: y_u = x_u + PRG(b_u) + sum over v in U2 of +-PRG(s_uv), modulo 2^b.
 
     Every received share is decrypted and checked before the vector leaves: a share that turned out bad later would
     come too late to keep y_u back. The mask shared with v is added by the larger number, subtracted by the smaller.
+    The masks' keys depend on the subject: vectors of different subjects do not unmask.
 
     Args:
         state: After round 1.
         inbox: Shares from every other member of U2.
-        vector: x_u, shape [dimension] of the session's ring. Not changed.
+        subject: What is summed, as this participant knows it.
+        vector: x_u, shape [dimension] of the subject's ring. Not changed.
 
     Raises:
         BelowThreshold: U2 is smaller than the threshold.
@@ -182,22 +190,25 @@ def mask_input(state: Shared, inbox: ShareInbox, vector: RingVector) -> tuple[Ma
         LocalProtocolError: A vector of another shape or dtype.
     """
     me, session = state.me, state.session
-    session.ring.check(vector, session.dimension)
-    sid, strangers = session.id, inbox.boxes.keys() - state.inbound_keys.keys()
+    subject.ring.check(vector, subject.dimension)
+    terms, strangers = session.terms, inbox.boxes.keys() - state.inbound_keys.keys()
+    sid = terms.session_id
     if strangers:
         raise RemoteProtocolError(f"shares from {session.names(strangers)}, who did not advertise keys to us")
     _require(session, "ShareKeys", len(inbox.boxes) + 1)
     held = {me: state.own_shares}
     for v, box in inbox.boxes.items():
         held[v] = _open_shares(state.inbound_keys[v], sid, v, me, box)
-    masked = vector.copy()
-    own = self_mask_key(state.self_mask_seed, sid, me), +1
-    add_keystreams(masked, [own, *((state.pairwise_keys[v], mask_sign(me, v)) for v in inbox.boxes)])
-    return Masked(me, session, dict(sorted(held.items()))), MaskedInput(session.ring.pack(masked))
+    masked, sum_id = vector.copy(), subject.sum_id(sid)
+    masks = [(self_mask_key(state.self_mask_seed, sum_id, me), +1)]
+    masks += [(pairwise_key(state.pairwise_secrets[v], sum_id, me, v), mask_sign(me, v)) for v in inbox.boxes]
+    add_keystreams(masked, masks)
+    sent = MaskedInput(terms, subject, subject.ring.pack(masked))
+    return Masked(me, session, subject, dict(sorted(held.items()))), sent
 
 
 def confirm(state: Masked, shown: SurvivorSet, identity: Identity) -> tuple[Confirmed, Confirmation]:
-    """Round 3, ConsistencyCheck: sign the set of survivors, so that the server can show only one.
+    """Round 3, ConsistencyCheck: sign the set of survivors and what was summed, so that the server can show only one.
 
     Raises:
         BelowThreshold: U3 is smaller than the threshold.
@@ -207,8 +218,10 @@ def confirm(state: Masked, shown: SurvivorSet, identity: Identity) -> tuple[Conf
     if not state.session.params.active:
         raise LocalProtocolError("a semi-honest session has no consistency check")
     survivors = _check_survivors(state, shown)
-    signature = identity.sign(Label.SIGN_SURVIVORS, state.session.id, survivors_payload(survivors))
-    return Confirmed(state.me, state.session, state.held, survivors), Confirmation(signature)
+    sum_id = state.subject.sum_id(state.session.id)
+    signature = identity.sign(Label.SIGN_SURVIVORS, sum_id, survivors_payload(survivors))
+    confirmed = Confirmed(state.me, state.session, state.subject, state.held, survivors)
+    return confirmed, Confirmation(state.subject, signature)
 
 
 def unmask(state: Confirmed, confirmed: ConfirmationSet) -> tuple[Finished, UnmaskShares]:
@@ -216,20 +229,24 @@ def unmask(state: Confirmed, confirmed: ConfirmationSet) -> tuple[Finished, Unma
 
     Raises:
         BelowThreshold: Fewer than t signatures.
-        RemoteProtocolError: A signature from outside U3, or over another set than the one shown here.
+        RemoteProtocolError: A signature from outside U3, or over another set than the one shown here, or over another
+            subject than this participant has summed.
     """
-    session = state.session
-    strangers = confirmed.signatures.keys() - set(state.survivors)
+    session, subject = state.session, state.subject
+    strangers = confirmed.confirmations.keys() - set(state.survivors)
     if strangers:
         raise RemoteProtocolError(f"confirmations from {session.names(strangers)}, who are not among the survivors")
-    _require(session, "ConsistencyCheck", len(confirmed.signatures))
+    _require(session, "ConsistencyCheck", len(confirmed.confirmations))
     sid, payload = session.id, survivors_payload(state.survivors)
-    for v, signature in confirmed.signatures.items():
-        if not verify(session.params.roster.members[v].identity, signature, Label.SIGN_SURVIVORS, sid, payload):
+    for v, theirs in confirmed.confirmations.items():
+        name, identity = session.params.roster.name(v), session.params.roster.members[v].identity
+        if not verify(identity, theirs.signature, Label.SIGN_SURVIVORS, theirs.subject.sum_id(sid), payload):
             raise RemoteProtocolError(
-                f"{session.params.roster.name(v)} did not sign the survivors that we were shown "
-                f"({session.names(set(state.survivors))}): the server may have shown it others"
+                f"{name} did not sign the survivors that we were shown ({session.names(set(state.survivors))}): "
+                "the server may have shown it others"
             )
+        if theirs.subject != subject:
+            raise RemoteProtocolError(f"{name} did not sum what we summed: {differences(theirs.subject, subject)}")
     return _give_shares(state.me, session, state.held, state.survivors)
 
 
@@ -260,14 +277,19 @@ def commitment(seed: bytes, session_id: bytes, participant: int) -> bytes:
     return hashlib.sha256(domain(Label.COMMIT_SELF_MASK, session_id, participant) + seed).digest()
 
 
-def self_mask_key(seed: bytes, session_id: bytes, participant: int) -> bytes:
+def self_mask_key(seed: bytes, sum_id: bytes, participant: int) -> bytes:
     """Keystream key of PRG(b_u)."""
-    return derive(seed, Label.SELF_MASK, session_id, participant)
+    return derive(seed, Label.SELF_MASK, sum_id, participant)
 
 
-def pairwise_key(own: AgreementKey, public: bytes, session_id: bytes, u: int, v: int) -> bytes:
+def pairwise_secret(own: AgreementKey, public: bytes, session_id: bytes, u: int, v: int) -> bytes:
+    """What u and v share, the same for both, before they know what is summed."""
+    return derive(own.agree(public), Label.PAIRWISE_SECRET, session_id, min(u, v), max(u, v))
+
+
+def pairwise_key(secret: bytes, sum_id: bytes, u: int, v: int) -> bytes:
     """Keystream key of PRG(s_uv), the same for both."""
-    return derive(own.agree(public), Label.PAIRWISE_MASK, session_id, min(u, v), max(u, v))
+    return derive(secret, Label.PAIRWISE_MASK, sum_id, min(u, v), max(u, v))
 
 
 def mask_sign(u: int, v: int) -> int:
@@ -276,7 +298,7 @@ def mask_sign(u: int, v: int) -> int:
 
 
 def _check_directory(
-    session: Session, sid: bytes, me: int, listed: dict[int, Advertisement], channel_key: bytes, mask_key: bytes
+    session: Session, terms: Terms, me: int, listed: dict[int, Advertisement], channel_key: bytes, mask_key: bytes
 ) -> None:
     roster = session.params.roster
     _require(session, "AdvertiseKeys", len(listed))
@@ -293,13 +315,17 @@ def _check_directory(
             raise RemoteProtocolError(
                 f"the keys of {roster.name(v)} are signed, and a semi-honest session has no signatures"
             )
-        payload = keys_payload(v, ad.channel_key, ad.mask_key)
+        payload, theirs = keys_payload(v, ad.channel_key, ad.mask_key), ad.terms.session_id
         if session.params.active and not verify(
-            roster.members[v].identity, ad.signature, Label.SIGN_KEYS, sid, payload
+            roster.members[v].identity, ad.signature, Label.SIGN_KEYS, theirs, payload
         ):
             raise RemoteProtocolError(
-                f"the keys listed for {roster.name(v)} are not signed by it for this session: they were changed, or it "
-                "was given another model, configuration or roster than we were"
+                f"the keys listed for {roster.name(v)} are not signed by it: they were changed, or it has another key "
+                "than our roster says"
+            )
+        if ad.terms != terms:
+            raise RemoteProtocolError(
+                f"the keys listed for {roster.name(v)} are for another session: {differences(ad.terms, terms)}"
             )
 
 
@@ -335,6 +361,7 @@ def _give_shares(
 ) -> tuple[Finished, UnmaskShares]:
     alive = set(survivors)
     shares = UnmaskShares(
+        session.terms,
         of_self_mask_seed={v: of_seed for v, (_, of_seed) in held.items() if v in alive},
         of_mask_secret={v: of_secret for v, (of_secret, _) in held.items() if v not in alive},
     )

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from secagg.masking.params import Subject, Terms
 from secagg.sealed import TAG_BYTES
 from secagg.shamir import SHARE_BYTES
 from secagg.wire import Digest, Key, Message, Number, Signature
@@ -20,8 +21,12 @@ Share = Annotated[bytes, Meta(min_length=SHARE_BYTES, max_length=SHARE_BYTES)]
 
 
 class Advertisement(Message, frozen=True):
-    """Round 0, participant to server: c_u and s_u public keys, signed (empty signature in semi-honest mode)."""
+    """Round 0, participant to server: c_u and s_u public keys, signed (empty signature in semi-honest mode).
 
+    `terms` is what they were made and signed for: where participants disagree, it tells on what.
+    """
+
+    terms: Terms
     channel_key: Key
     mask_key: Key
     signature: Signature
@@ -33,15 +38,19 @@ class KeyDirectory(Message, frozen=True):
     advertisements: dict[Number, Advertisement]
 
 
-class EncryptedShares(Message, frozen=True):
-    """Round 1, participant to server: a sealed pair of shares for every other member of U1.
+class Commitment(Message, frozen=True):
+    """A hash of b_u, signed, against which the server checks what it reconstructs."""
 
-    `commitment` is a hash of b_u, signed, against which the server checks what it reconstructs.
-    """
-
-    boxes: dict[Number, Box]
-    commitment: Digest
+    digest: Digest
     signature: Signature
+
+
+class EncryptedShares(Message, frozen=True):
+    """Round 1, participant to server: a sealed pair of shares for every other member of U1, and what b_u will be."""
+
+    terms: Terms
+    boxes: dict[Number, Box]
+    commitment: Commitment
 
 
 class ShareInbox(Message, frozen=True):
@@ -51,8 +60,10 @@ class ShareInbox(Message, frozen=True):
 
 
 class MaskedInput(Message, frozen=True):
-    """Round 2, participant to server: y_u, packed to b bits a value."""
+    """Round 2, participant to server: y_u, packed to b bits a value, and what it is a summand of."""
 
+    terms: Terms
+    subject: Subject
     packed: bytes
 
 
@@ -63,15 +74,16 @@ class SurvivorSet(Message, frozen=True):
 
 
 class Confirmation(Message, frozen=True):
-    """Round 3, participant to server: a signature over the U3 that it was shown."""
+    """Round 3, participant to server: a signature over the U3 that it was shown, and over what it summed."""
 
+    subject: Subject
     signature: Signature
 
 
 class ConfirmationSet(Message, frozen=True):
-    """Round 3, server to participants: the signatures of U4."""
+    """Round 3, server to participants: what U4 signed."""
 
-    signatures: dict[Number, Signature]
+    confirmations: dict[Number, Confirmation]
 
 
 class UnmaskShares(Message, frozen=True):
@@ -80,5 +92,6 @@ class UnmaskShares(Message, frozen=True):
     The share of b_v for v in U3 (alive), the share of s_v for v in U2 minus U3 (dropped). Never both of one.
     """
 
+    terms: Terms
     of_self_mask_seed: dict[Number, Share]
     of_mask_secret: dict[Number, Share]

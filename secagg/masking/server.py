@@ -27,11 +27,13 @@ from secagg.masking.client import (
     keys_payload,
     mask_sign,
     pairwise_key,
+    pairwise_secret,
     self_mask_key,
     survivors_payload,
 )
 from secagg.masking.messages import (
     Advertisement,
+    Commitment,
     Confirmation,
     ConfirmationSet,
     EncryptedShares,
@@ -41,7 +43,7 @@ from secagg.masking.messages import (
     SurvivorSet,
     UnmaskShares,
 )
-from secagg.masking.params import Session
+from secagg.masking.params import Session, Subject, Terms, differences
 from secagg.prg import Label, add_keystreams
 from secagg.ring import RingVector
 from secagg.shamir import recover
@@ -64,12 +66,22 @@ class CollectingShares(Struct, frozen=True):
     received: dict[int, EncryptedShares] = {}
 
 
-class CollectingVectors(Struct, frozen=True):
-    """Stage MaskedInput: U2 is fixed. `total` is the sum of the masked vectors of `survivors`."""
+class Agreed(Struct, frozen=True):
+    """U2 is fixed, and its keys can be used for one sum. `inboxes` holds the sealed shares for each member."""
 
     session: Session
     directory: dict[int, Advertisement]
-    commitments: dict[int, bytes]
+    commitments: dict[int, Commitment]
+    inboxes: dict[int, ShareInbox]
+
+
+class CollectingVectors(Struct, frozen=True):
+    """Stage MaskedInput: what is summed is fixed. `total` is the sum of the masked vectors of `survivors`."""
+
+    session: Session
+    subject: Subject
+    directory: dict[int, Advertisement]
+    commitments: dict[int, Commitment]
     total: RingVector
     survivors: frozenset[int] = frozenset()
 
@@ -78,11 +90,12 @@ class CollectingConfirmations(Struct, frozen=True):
     """Stage ConsistencyCheck: U3 is fixed; who has signed it."""
 
     session: Session
+    subject: Subject
     directory: dict[int, Advertisement]
-    commitments: dict[int, bytes]
+    commitments: dict[int, Commitment]
     total: RingVector
     survivors: frozenset[int]
-    signatures: dict[int, bytes] = {}
+    confirmations: dict[int, Confirmation] = {}
 
 
 class CollectingUnmask(Struct, frozen=True):
@@ -92,10 +105,12 @@ class CollectingUnmask(Struct, frozen=True):
     """
 
     session: Session
+    subject: Subject
     directory: dict[int, Advertisement]
-    commitments: dict[int, bytes]
+    commitments: dict[int, Commitment]
     total: RingVector
     survivors: frozenset[int]
+    confirmations: dict[int, Confirmation]
     asked: frozenset[int]
     answers: dict[int, UnmaskShares] = {}
 
@@ -106,9 +121,12 @@ class CollectingUnmask(Struct, frozen=True):
 
 
 class Opened(Struct, frozen=True):
-    """The end: the sum of the survivors' vectors, reduced to the ring.
+    """The end: the sum of the survivors' vectors, reduced to the ring, and what was signed on the way.
 
     Attributes:
+        directory: U1, and the keys that it signed.
+        commitments: U2, and what it committed to.
+        confirmations: U4, and the survivors that it signed; empty in a semi-honest session.
         total: Shape [dimension].
         survivors: Whose vectors it sums.
         suspects: Participants whose shares did not fit the others'. Either they lied, or somebody gave them such
@@ -116,13 +134,17 @@ class Opened(Struct, frozen=True):
     """
 
     session: Session
+    subject: Subject
+    directory: dict[int, Advertisement]
+    commitments: dict[int, Commitment]
+    confirmations: dict[int, Confirmation]
     total: RingVector
     survivors: frozenset[int]
     suspects: frozenset[int]
 
 
 def start(session: Session) -> CollectingKeys:
-    """Begin a round."""
+    """Begin to agree on the keys of a round."""
     return CollectingKeys(session)
 
 
@@ -138,8 +160,9 @@ def receive_keys(state: CollectingKeys, sender: int, message: Advertisement) -> 
         refuse_low_order(message.mask_key)
     except RemoteProtocolError as error:
         raise _fault(session, sender, f"sent a useless key: {error}") from error
+    _check_terms(session, sender, message.terms)
     payload = keys_payload(sender, message.channel_key, message.mask_key)
-    _check_signature(session, sender, message.signature, Label.SIGN_KEYS, payload, "its keys")
+    _check_signature(session, sender, message.signature, Label.SIGN_KEYS, session.id, payload, "its keys")
     return msgspec.structs.replace(state, advertisements={**state.advertisements, sender: message})
 
 
@@ -154,23 +177,30 @@ def receive_shares(state: CollectingShares, sender: int, message: EncryptedShare
     """Round 1: keep a participant's sealed shares, one for every other member of U1."""
     session = state.session
     _expect(session, sender, frozenset(state.directory), state.received)
+    _check_terms(session, sender, message.terms)
     expected = state.directory.keys() - {sender}
     if message.boxes.keys() != expected:
         raise _fault(
             session, sender, f"sealed shares for {session.names(set(message.boxes))}, expected {len(expected)}"
         )
-    _check_signature(session, sender, message.signature, Label.SIGN_COMMITMENT, message.commitment, "its commitment")
+    committed, signature = message.commitment.digest, message.commitment.signature
+    _check_signature(session, sender, signature, Label.SIGN_COMMITMENT, session.id, committed, "its commitment")
     return msgspec.structs.replace(state, received={**state.received, sender: message})
 
 
-def close_shares(state: CollectingShares) -> tuple[CollectingVectors, dict[int, ShareInbox]]:
-    """Fix U2 and give each of its members the boxes that are for it."""
-    session = state.session
-    _require(session, "ShareKeys", len(state.received))
+def close_shares(state: CollectingShares) -> Agreed:
+    """Fix U2. Its keys wait for something to be summed: nothing is sent yet."""
+    _require(state.session, "ShareKeys", len(state.received))
     received = _in_order(state.received)
     inboxes = {u: ShareInbox({v: message.boxes[u] for v, message in received.items() if v != u}) for u in received}
     commitments = {u: message.commitment for u, message in received.items()}
-    return CollectingVectors(session, state.directory, commitments, session.ring.zeros(session.dimension)), inboxes
+    return Agreed(state.session, state.directory, commitments, inboxes)
+
+
+def begin_sum(state: Agreed, subject: Subject) -> tuple[CollectingVectors, dict[int, ShareInbox]]:
+    """Use the agreed keys for one sum: give each member of U2 the boxes that are for it. Keys serve only once."""
+    total = subject.ring.zeros(subject.dimension)
+    return CollectingVectors(state.session, subject, state.directory, state.commitments, total), state.inboxes
 
 
 def receive_vector(state: CollectingVectors, sender: int, message: MaskedInput) -> CollectingVectors:
@@ -179,11 +209,13 @@ def receive_vector(state: CollectingVectors, sender: int, message: MaskedInput) 
     if not isinstance(state, CollectingVectors):  # the sum is added to in place, so this must not slip through
         raise LocalProtocolError(f"a vector is taken at stage MaskedInput only, not by {type(state).__name__}")
     _expect(session, sender, frozenset(state.commitments), state.survivors)
+    _check_terms(session, sender, message.terms)
+    if message.subject != state.subject:
+        raise _fault(session, sender, f"did not sum what was asked for: {differences(message.subject, state.subject)}")
     try:
-        vector = session.ring.unpack(message.packed, session.dimension)
+        state.subject.ring.add_packed(state.total, message.packed)
     except DecodeError as error:
-        raise _fault(session, sender, f"sent no vector of this session: {error}") from error
-    state.total[:] += vector
+        raise _fault(session, sender, f"sent no vector of this sum: {error}") from error
     return msgspec.structs.replace(state, survivors=state.survivors | {sender})
 
 
@@ -193,36 +225,47 @@ def close_vectors(
     """Fix U3 and show it to its members. A semi-honest session goes straight to unmasking."""
     _require(state.session, "MaskedInput", len(state.survivors))
     shown = SurvivorSet(tuple(sorted(state.survivors)))
-    so_far = state.session, state.directory, state.commitments, state.total, state.survivors
+    so_far = state.session, state.subject, state.directory, state.commitments, state.total, state.survivors
     next_state: CollectingConfirmations | CollectingUnmask
     if state.session.params.active:
         next_state = CollectingConfirmations(*so_far)
     else:
-        next_state = CollectingUnmask(*so_far, asked=state.survivors)
+        next_state = CollectingUnmask(*so_far, confirmations={}, asked=state.survivors)
     return next_state, dict.fromkeys(shown.survivors, shown)
 
 
 def receive_confirmation(state: CollectingConfirmations, sender: int, message: Confirmation) -> CollectingConfirmations:
     """Round 3: keep a participant's signature over U3."""
-    _expect(state.session, sender, state.survivors, state.signatures)
-    payload = survivors_payload(tuple(state.survivors))
-    _check_signature(state.session, sender, message.signature, Label.SIGN_SURVIVORS, payload, "the survivors")
-    return msgspec.structs.replace(state, signatures={**state.signatures, sender: message.signature})
+    session = state.session
+    _expect(session, sender, state.survivors, state.confirmations)
+    if message.subject != state.subject:
+        raise _fault(session, sender, f"confirms another sum: {differences(message.subject, state.subject)}")
+    sum_id, payload = state.subject.sum_id(session.id), survivors_payload(tuple(state.survivors))
+    _check_signature(session, sender, message.signature, Label.SIGN_SURVIVORS, sum_id, payload, "the survivors")
+    return msgspec.structs.replace(state, confirmations={**state.confirmations, sender: message})
 
 
 def close_confirmations(state: CollectingConfirmations) -> tuple[CollectingUnmask, dict[int, ConfirmationSet]]:
     """Fix U4 and send its signatures to its members."""
-    _require(state.session, "ConsistencyCheck", len(state.signatures))
-    signatures = _in_order(state.signatures)
+    _require(state.session, "ConsistencyCheck", len(state.confirmations))
+    signed = _in_order(state.confirmations)
     next_state = CollectingUnmask(
-        state.session, state.directory, state.commitments, state.total, state.survivors, frozenset(signatures)
+        state.session,
+        state.subject,
+        state.directory,
+        state.commitments,
+        state.total,
+        state.survivors,
+        confirmations=signed,
+        asked=frozenset(signed),
     )
-    return next_state, dict.fromkeys(signatures, ConfirmationSet(signatures))
+    return next_state, dict.fromkeys(signed, ConfirmationSet(signed))
 
 
 def receive_unmask(state: CollectingUnmask, sender: int, message: UnmaskShares) -> CollectingUnmask:
     """Round 4: keep a participant's shares, of b_v for each survivor and of s_v for each that dropped."""
     _expect(state.session, sender, state.asked, state.answers)
+    _check_terms(state.session, sender, message.terms)
     if message.of_self_mask_seed.keys() != state.survivors or message.of_mask_secret.keys() != state.dropped:
         raise _fault(state.session, sender, "answered with shares of other participants than it was asked for")
     return msgspec.structs.replace(state, answers={**state.answers, sender: message})
@@ -240,23 +283,32 @@ def close_unmask(state: CollectingUnmask) -> Opened:
     session = state.session
     _require(session, "Unmask", len(state.answers))
     sid, suspects = session.id, set[int]()
+    sum_id = state.subject.sum_id(sid)
     masks: list[tuple[bytes, int]] = []  # taken off only once all of them are known
     for u in sorted(state.survivors):
         shares = {v: answer.of_self_mask_seed[u] for v, answer in state.answers.items()}
-        seed, misfits = _recover(session, u, shares, partial(_is_committed, sid, u, state.commitments[u]))
+        seed, misfits = _recover(session, u, shares, partial(_is_committed, sid, u, state.commitments[u].digest))
         suspects |= misfits
-        masks.append((self_mask_key(seed, sid, u), -1))
+        masks.append((self_mask_key(seed, sum_id, u), -1))
     for v in sorted(state.dropped):
         shares = {w: answer.of_mask_secret[v] for w, answer in state.answers.items()}
         secret, misfits = _recover(session, v, shares, partial(_is_secret_of, state.directory[v].mask_key))
         suspects |= misfits
         key = AgreementKey(secret)
-        masks += [
-            (pairwise_key(key, state.directory[u].mask_key, sid, u, v), -mask_sign(u, v))
-            for u in sorted(state.survivors)
-        ]
+        for u in sorted(state.survivors):
+            shared = pairwise_secret(key, state.directory[u].mask_key, sid, u, v)
+            masks.append((pairwise_key(shared, sum_id, u, v), -mask_sign(u, v)))
     add_keystreams(state.total, masks)
-    return Opened(session, session.ring.reduce(state.total), state.survivors, frozenset(suspects))
+    return Opened(
+        session,
+        state.subject,
+        state.directory,
+        state.commitments,
+        state.confirmations,
+        state.subject.ring.reduce(state.total),
+        state.survivors,
+        frozenset(suspects),
+    )
 
 
 def _is_committed(sid: bytes, participant: int, expected: bytes, seed: bytes) -> bool:
@@ -283,18 +335,20 @@ def _expect(session: Session, sender: int, allowed: Collection[int], answered: C
         raise _fault(session, sender, "answered twice; the first answer stands")
 
 
-def _check_signature(session: Session, sender: int, signature: bytes, label: Label, payload: bytes, what: str) -> None:
+def _check_terms(session: Session, sender: int, theirs: Terms) -> None:
+    if theirs != (ours := session.terms):
+        raise _fault(session, sender, f"sent a message of another session: {differences(theirs, ours)}")
+
+
+def _check_signature(
+    session: Session, sender: int, signature: bytes, label: Label, bound_to: bytes, payload: bytes, what: str
+) -> None:
     if not session.params.active:
         if signature:
             raise _fault(session, sender, f"signed {what}, and a semi-honest session has no signatures")
         return
-    if not verify(session.params.roster.members[sender].identity, signature, label, session.id, payload):
-        raise _fault(
-            session,
-            sender,
-            f"did not sign {what} for this session: it has another key than the roster, or another model, "
-            "configuration or round",
-        )
+    if not verify(session.params.roster.members[sender].identity, signature, label, bound_to, payload):
+        raise _fault(session, sender, f"did not sign {what}: its key is not the roster's, or the message was changed")
 
 
 def _fault(session: Session, sender: int, what: str) -> RemoteProtocolError:

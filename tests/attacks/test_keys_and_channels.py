@@ -1,6 +1,10 @@
 """Lies about keys, and boxes that are changed, moved, reflected or replayed on their way through the server."""
 
-from itertools import permutations
+import os
+import subprocess
+import sys
+from itertools import combinations, permutations
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -8,11 +12,11 @@ import pytest
 from secagg import LocalProtocolError, RemoteProtocolError, wire
 from secagg.keys import AgreementKey
 from secagg.masking import client
-from secagg.masking.messages import Advertisement, EncryptedShares, KeyDirectory, ShareInbox
+from secagg.masking.messages import Advertisement, KeyDirectory, ShareInbox
 from secagg.prg import Label
 from secagg.sealed import channel_key, seal
 from secagg.shamir import PRIME
-from tests.secagg.simulation import Party, Round, refuses, replace_entry
+from tests.secagg.simulation import Party, Round, changed, refuses, replace_entry
 from tests.secagg.test_keys import LOW_ORDER
 
 MODES = ("active", "semi-honest")
@@ -84,14 +88,17 @@ def test_keys_signed_by_someone_who_is_not_on_the_roster():
     own = AgreementKey(b"\x66" * 32)
     payload = client.keys_payload(2, own.public, SERVERS.public)
     forged = stranger.sign(Label.SIGN_KEYS, party.session.id, payload)
-    changed = replace_entry(directory_of(game), 2, channel_key=own.public, mask_key=SERVERS.public, signature=forged)
-    refuses(game, 0, changed, match="site002 are not signed")
+    entry = replace_entry(directory_of(game), 2, channel_key=own.public, mask_key=SERVERS.public, signature=forged)
+    refuses(game, 0, entry, match="site002 are not signed")
 
 
 def test_keys_of_an_earlier_round_replayed():
     old = Round(Party(4, number=1)).play("ShareKeys").outbox[0].advertisements[2]
     game = Round(Party(4, number=2)).play("ShareKeys")
-    refuses(game, 0, KeyDirectory({**directory_of(game).advertisements, 2: old}), match="site002 are not signed")
+    listed = directory_of(game).advertisements
+    refuses(game, 0, KeyDirectory({**listed, 2: old}), match="site002 are for another session: round 1 where 2")
+    dressed_up = changed(old, terms=listed[2].terms)
+    refuses(game, 0, KeyDirectory({**listed, 2: dressed_up}), match="site002 are not signed by it")
 
 
 def test_a_signature_moved_to_another_participant_who_repeats_the_keys():
@@ -118,7 +125,7 @@ def test_a_point_of_low_order_is_refused_by_the_server_and_by_everyone(which, po
     bad, good = bytes.fromhex(point), SERVERS.public
     keys = (bad, good) if which == "channel" else (good, bad)
     signed = party.identity[2].sign(Label.SIGN_KEYS, party.session.id, client.keys_payload(2, *keys))
-    message = Advertisement(*keys, signed if mode == "active" else b"")
+    message = Advertisement(party.session.terms, *keys, signed if mode == "active" else b"")
     with pytest.raises(RemoteProtocolError, match="site002 sent a useless key") as caught:
         game.receive(2, message)
     assert caught.value.culprits == {"site002"}
@@ -137,7 +144,7 @@ def test_a_participant_that_copies_anothers_key_is_refused_by_name(mode):
         keys = copied(first)
         signed = party.identity[1].sign(Label.SIGN_KEYS, party.session.id, client.keys_payload(1, *keys))
         with pytest.raises(RemoteProtocolError, match="site001 sent a public key that is already in use") as caught:
-            game.receive(1, Advertisement(*keys, signed))
+            game.receive(1, Advertisement(party.session.terms, *keys, signed))
         assert caught.value.culprits == {"site001"}
 
 
@@ -146,7 +153,7 @@ def test_a_participant_that_uses_one_key_for_both_purposes_is_refused_by_name():
     keys = SERVERS.public, SERVERS.public
     signed = party.identity[1].sign(Label.SIGN_KEYS, party.session.id, client.keys_payload(1, *keys))
     with pytest.raises(RemoteProtocolError, match="already in use") as caught:
-        Round(party).receive(1, Advertisement(*keys, signed))
+        Round(party).receive(1, Advertisement(party.session.terms, *keys, signed))
     assert caught.value.culprits == {"site001"}
 
 
@@ -161,9 +168,10 @@ def test_a_participant_that_sends_anothers_signed_keys_is_refused_by_name():
 def test_an_unsigned_commitment_is_refused_by_name():
     game = Round(Party(4)).play("ShareKeys")
     honest = game.answer(1)
-    for changes in ({"signature": b""}, {"commitment": bytes(32)}):
+    for changes in ({"signature": b""}, {"digest": bytes(32)}):
+        spoiled = changed(honest.commitment, **changes)
         with pytest.raises(RemoteProtocolError, match="site001 did not sign its commitment") as caught:
-            game.receive(1, msgspec.structs.replace(honest, **changes))
+            game.receive(1, changed(honest, commitment=spoiled))
         assert caught.value.culprits == {"site001"}
 
 
@@ -174,7 +182,7 @@ def test_boxes_for_others_than_those_that_were_listed_are_refused_by_name(mode):
     box = honest.boxes[0]
     for boxes in ({0: box, 2: box}, {**honest.boxes, 1: box}, {**honest.boxes, 9: box}, {}):
         with pytest.raises(RemoteProtocolError, match="site001 sealed shares for") as caught:
-            game.receive(1, EncryptedShares(boxes, honest.commitment, honest.signature))
+            game.receive(1, changed(honest, boxes=boxes))
         assert caught.value.culprits == {"site001"}
 
 
@@ -290,7 +298,7 @@ def test_shares_of_another_length_inside_a_box(text):
     game = a_round_with_a_lying_sealer()
     inbox = ShareInbox({**game.outbox[0].boxes, 2: sealed_by_2_for_0(game, text)})
     with pytest.raises(RemoteProtocolError):
-        client.mask_input(game.states[0], inbox, game.vectors[0])
+        client.mask_input(game.states[0], inbox, game.subject, game.vectors[0])
     with pytest.raises(wire.DecodeError):
         wire.decode(wire.encode(inbox), ShareInbox)
 
@@ -306,26 +314,27 @@ def test_no_key_of_a_round_is_used_twice_and_none_is_the_agreed_secret_itself():
     game = Round(party).play("ShareKeys")
     secrets = {u: (AgreementKey(s.channel_secret), AgreementKey(s.mask_secret)) for u, s in game.states.items()}
     game.play("MaskedInput")
-    sid, states = party.session.id, game.states
-    selves = [client.self_mask_key(states[u].self_mask_seed, sid, u) for u in range(n)]
+    sum_id, states = party.sum_id, game.states
+    selves = [client.self_mask_key(states[u].self_mask_seed, sum_id, u) for u in range(n)]
     inbound = [states[v].inbound_keys[u] for u, v in permutations(range(n), 2)]
-    pairwise = [states[u].pairwise_keys[v] for u, v in permutations(range(n), 2) if u < v]
-    keys = [*selves, *inbound, *pairwise]
-    assert len(set(keys)) == len(keys) == n + n * (n - 1) + n * (n - 1) // 2
+    kept = [states[u].pairwise_secrets[v] for u, v in combinations(range(n), 2)]
+    pairwise = [client.pairwise_key(states[u].pairwise_secrets[v], sum_id, u, v) for u, v in combinations(range(n), 2)]
+    keys = [*selves, *inbound, *kept, *pairwise]
+    assert len(set(keys)) == len(keys) == n + n * (n - 1) + 2 * (n * (n - 1) // 2)
     raw = {a.agree(b.public) for i, j in permutations(range(n), 2) for a in secrets[i] for b in secrets[j]}
     assert not any(key in (secret[:16], secret[16:]) for key in keys for secret in raw)
     for u, v in permutations(range(n), 2):
-        assert states[u].pairwise_keys[v] == states[v].pairwise_keys[u]
+        assert states[u].pairwise_secrets[v] == states[v].pairwise_secrets[u]
 
 
 def test_another_session_gives_other_keys_from_the_same_secrets():
     states = [Round(Party(4, number=number)).play("MaskedInput").states[0] for number in (1, 2)]
     assert states[0].self_mask_seed == states[1].self_mask_seed, "the deterministic entropy repeats itself"
-    ids = [Party(4, number=number).session.id for number in (1, 2)]
-    masks = {client.self_mask_key(states[0].self_mask_seed, sid, 0) for sid in ids}
+    ids = [Party(4, number=number).sum_id for number in (1, 2)]
+    masks = {client.self_mask_key(states[0].self_mask_seed, sum_id, 0) for sum_id in ids}
     assert len(masks) == 2
     for v in (1, 2, 3):
-        assert states[0].pairwise_keys[v] != states[1].pairwise_keys[v]
+        assert states[0].pairwise_secrets[v] != states[1].pairwise_secrets[v]
         assert states[0].inbound_keys[v] != states[1].inbound_keys[v]
 
 
@@ -347,3 +356,32 @@ def test_a_semi_honest_session_takes_no_signatures():
     listed = game.outbox[0].advertisements
     junk = {**listed, 2: msgspec.structs.replace(listed[2], signature=b"junk")}
     refuses(game, 0, KeyDirectory(junk), match="site002 are signed, and a semi-honest")
+
+
+FORKING = """
+import os
+from secagg.masking import client
+from tests.secagg.simulation import Party
+party = Party(3)
+def keys():
+    state, _ = client.advertise(party.session, 0, party.identity[0], os.urandom)
+    return state.channel_secret + state.mask_secret
+keys()
+child = os.fork()
+os.write(1, (("child " if child == 0 else "parent ") + keys().hex() + "\\n").encode())  # a line in one piece
+if child == 0:
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process forks here")
+def test_a_process_that_forks_does_not_draw_the_same_keys_twice():
+    """Servers fork their workers after the library was loaded and used: nothing random is left over from before."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-W", "ignore", "-c", FORKING]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    drawn = dict(line.split() for line in done.stdout.splitlines())
+    assert drawn.keys() == {"parent", "child"}
+    secrets = [drawn[who][at : at + 64] for who in drawn for at in (0, 64)]
+    assert len(set(secrets)) == 4

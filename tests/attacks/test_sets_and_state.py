@@ -1,4 +1,4 @@
-"""Lies about who is there, and about which round, model or rules this is. The honest refuse and send nothing."""
+"""Lies about who is there and who has answered. The honest refuse and send nothing."""
 
 import msgspec
 import numpy as np
@@ -10,19 +10,23 @@ from secagg.masking.messages import (
     Confirmation,
     ConfirmationSet,
     KeyDirectory,
-    MaskedInput,
     ShareInbox,
     SurvivorSet,
 )
-from secagg.masking.params import Session
 from secagg.prg import Label, add_keystream
-from tests.secagg.simulation import STAGES, Party, Round, assert_uniform, oracle, refuses
+from tests.secagg.simulation import STAGES, Party, Round, assert_uniform, changed, oracle, refuses
 
 MODES = ("active", "semi-honest")
 
 
 def only(mapping, keep):
     return {v: mapping[v] for v in keep}
+
+
+def signed(party, u, survivors, *, label=Label.SIGN_SURVIVORS, bound_to=None):
+    """What participant u would say if it signed these survivors."""
+    payload = client.survivors_payload(tuple(survivors))
+    return Confirmation(party.subject, party.identity[u].sign(label, bound_to or party.sum_id, payload))
 
 
 # --- too few ---
@@ -73,10 +77,10 @@ def test_a_participant_goes_along_with_a_set_of_t_and_no_smaller_one(mode):
 
     if mode == "active":
         game = Round(party).play("Unmask")
-        signatures = game.outbox[0].signatures
-        caught = refuses(game, 0, ConfirmationSet(only(signatures, range(t - 1))), BelowThreshold)
+        confirmations = game.outbox[0].confirmations
+        caught = refuses(game, 0, ConfirmationSet(only(confirmations, range(t - 1))), BelowThreshold)
         assert (caught.stage, caught.present, caught.needed) == ("ConsistencyCheck", t - 1, t)
-        game.answer(0, ConfirmationSet(only(signatures, range(t))))
+        game.answer(0, ConfirmationSet(only(confirmations, range(t))))
 
 
 # --- sets that are no subset, repeat someone, or leave oneself out ---
@@ -139,8 +143,8 @@ def test_repeating_someone_does_not_make_up_for_too_few():
 def test_confirmations_from_outside_the_survivors():
     party = Party(5, threshold=4)
     game = Round(party).play("Unmask", {4: "MaskedInput"})
-    signed = party.identity[4].sign(Label.SIGN_SURVIVORS, party.session.id, client.survivors_payload((0, 1, 2, 3)))
-    refuses(game, 0, ConfirmationSet({**game.outbox[0].signatures, 4: signed}), match="site004, who are not among")
+    strangers = {4: signed(party, 4, range(4))}
+    refuses(game, 0, ConfirmationSet(game.outbox[0].confirmations | strangers), match="site004, who are not among")
 
 
 # --- one peer asked for as alive and as dropped ---
@@ -154,12 +158,12 @@ def test_two_different_sets_of_survivors_to_two_halves_unmask_for_neither(restar
     victim = 5
     game = Round(Party(6)).play("ConsistencyCheck")
     with_it, without = SurvivorSet(tuple(range(6))), SurvivorSet(tuple(range(5)))
-    said = {u: game.answer(u, with_it if u < 3 or u == victim else without).signature for u in range(6)}
+    said = {u: game.answer(u, with_it if u < 3 or u == victim else without) for u in range(6)}
     game.stage = "Unmask"
     for u in range(5):
         if restarted:
             game.states[u] = client.decode_state(wire.encode(game.states[u]))
-        theirs = {v: s for v, s in said.items() if (v in (0, 1, 2, victim)) == (u < 3)}
+        theirs = {v: c for v, c in said.items() if (v in (0, 1, 2, victim)) == (u < 3)}
         refuses(game, u, ConfirmationSet(theirs), BelowThreshold)
         others = only(said, range(5))
         refuses(game, u, ConfirmationSet(others), match="may have shown it others")
@@ -174,7 +178,7 @@ def test_the_answer_holds_one_kind_of_share_for_each_peer_whatever_is_asked():
     assert set(first.of_self_mask_seed) == {0, 1, 3, 4, 5}
     assert set(first.of_mask_secret) == {2}
     game.states[0] = client.decode_state(state)  # asked again: the same answer
-    assert game.answer(0, ConfirmationSet(only(confirmed.signatures, [0, 1, 3, 4, 5]))) == first
+    assert game.answer(0, ConfirmationSet(only(confirmed.confirmations, [0, 1, 3, 4, 5]))) == first
 
 
 def test_a_participant_that_signed_one_set_does_not_unmask_for_another_that_all_the_others_signed():
@@ -182,20 +186,24 @@ def test_a_participant_that_signed_one_set_does_not_unmask_for_another_that_all_
     party = Party(6)
     game = Round(party).play("ConsistencyCheck")
     game.answer(0)
-    lied = client.survivors_payload((0, 1, 2, 3, 4))
-    signed = {u: party.identity[u].sign(Label.SIGN_SURVIVORS, party.session.id, lied) for u in range(1, 5)}
-    own = party.identity[0].sign(Label.SIGN_SURVIVORS, party.session.id, client.survivors_payload(tuple(range(6))))
+    own, lied = signed(party, 0, range(6)), {u: signed(party, u, range(5)) for u in range(1, 5)}
     game.stage = "Unmask"
-    refuses(game, 0, ConfirmationSet({0: own, **signed}), match="site001 did not sign the survivors that we were shown")
+    refuses(game, 0, ConfirmationSet({0: own, **lied}), match="site001 did not sign the survivors that we were shown")
 
 
 def test_signatures_for_another_purpose_do_not_confirm():
     party = Party(3)
     game = Round(party).play("Unmask")
-    payload = client.survivors_payload((0, 1, 2))
     for label in (Label.SIGN_KEYS, Label.SIGN_COMMITMENT):
-        wrong = {u: party.identity[u].sign(label, party.session.id, payload) for u in range(3)}
+        wrong = {u: signed(party, u, range(3), label=label) for u in range(3)}
         refuses(game, 0, ConfirmationSet(wrong), match="did not sign the survivors")
+
+
+def test_signatures_that_are_bound_to_the_session_and_not_to_the_sum_do_not_confirm():
+    party = Party(3)
+    game = Round(party).play("Unmask")
+    wrong = {u: signed(party, u, range(3), bound_to=party.session.id) for u in range(3)}
+    refuses(game, 0, ConfirmationSet(wrong), match="did not sign the survivors")
 
 
 def test_signatures_of_an_earlier_round_do_not_confirm():
@@ -279,8 +287,8 @@ def test_a_vector_of_another_length_or_form_is_refused_and_leaves_the_sum_alone(
     party = Party(4)
     game = Round(party).play("MaskedInput")
     replies = {u: game.answer(u) for u in range(4)}
-    with pytest.raises(RemoteProtocolError, match="site002 sent no vector of this session") as caught:
-        game.receive(2, MaskedInput(spoil(replies[2].packed)))
+    with pytest.raises(RemoteProtocolError, match="site002 sent no vector of this sum") as caught:
+        game.receive(2, changed(replies[2], packed=spoil(replies[2].packed)))
     assert caught.value.culprits == {"site002"}
     for u, reply in replies.items():
         game.receive(u, reply)
@@ -292,9 +300,8 @@ def test_a_vector_of_another_length_or_form_is_refused_and_leaves_the_sum_alone(
 def test_a_survivor_that_signs_another_set_is_refused_by_name():
     party = Party(4)
     game = Round(party).play("ConsistencyCheck")
-    signed = party.identity[1].sign(Label.SIGN_SURVIVORS, party.session.id, client.survivors_payload((0, 1, 2)))
     with pytest.raises(RemoteProtocolError, match="site001 did not sign the survivors") as caught:
-        game.receive(1, Confirmation(signed))
+        game.receive(1, signed(party, 1, range(3)))
     assert caught.value.culprits == {"site001"}
 
 
@@ -319,73 +326,6 @@ def test_sharing_twice_uses_fresh_polynomials_and_a_fresh_seed():
     assert len(seeds) == 6
 
 
-# --- another model, configuration or set of rules at one participant ---
-
-
-def changed(session, **changes):
-    return Session(**{**{f: getattr(session, f) for f in session.__struct_fields__}, **changes})
-
-
-def other_sessions(mode):
-    party = Party(4, mode=mode)
-    return {
-        "model": changed(party.session, model_digest=b"\1" * 32),
-        "configuration": changed(party.session, context=b"\1" * 32),
-        "round": changed(party.session, round=2),
-        "purpose": changed(party.session, purpose="standardize"),
-        "ring": changed(party.session, ring_bits=21),
-        "threshold": Party(4, mode=mode, threshold=4).session,
-        "roster": Party(5, mode=mode, threshold=4).session,
-    }
-
-
-@pytest.mark.parametrize("what", other_sessions("active"))
-def test_a_participant_with_another_session_is_found_at_its_keys(what):
-    party = Party(4)
-    game = Round(party)
-    message = game.answer(1, session=other_sessions("active")[what])
-    with pytest.raises(RemoteProtocolError, match="site001 did not sign its keys for this session") as caught:
-        game.receive(1, message)
-    assert caught.value.culprits == {"site001"}
-
-
-@pytest.mark.parametrize("what", other_sessions("active"))
-def test_a_server_that_gives_one_participant_another_session_is_found_by_all(what):
-    """The server keeps quiet about the signature that does not fit: the participants do not."""
-    party = Party(4)
-    game, other = Round(party), other_sessions("active")[what]
-    said = {u: game.answer(u, session=other if u == 1 else None) for u in range(4)}
-    game.stage = "ShareKeys"
-    directory = KeyDirectory(said)
-    refuses(game, 0, directory, match="site001 are not signed by it for this session.*another model, configuration")
-    refuses(game, 1, directory, match="site000 are not signed by it for this session")
-
-
-@pytest.mark.parametrize("what", other_sessions("semi-honest"))
-def test_without_signatures_another_session_is_found_at_the_shares(what):
-    party = Party(4, mode="semi-honest")
-    game, other = Round(party), other_sessions("semi-honest")[what]
-    for u in range(4):
-        game.receive(u, game.answer(u, session=other if u == 1 else None))
-    game.close()
-    for u in range(4):
-        game.receive(u, game.answer(u))
-    game.close()
-    for u in range(4):
-        refuses(game, u, None, match="do not open")
-
-
-def test_a_session_downgraded_to_semi_honest_at_one_participant_is_found():
-    party, downgraded = Party(4), Party(4, mode="semi-honest", threshold=3)
-    game = Round(party)
-    said = {u: game.answer(u, session=downgraded.session if u == 1 else None) for u in range(4)}
-    assert said[1].signature == b""
-    with pytest.raises(RemoteProtocolError, match="site001 did not sign its keys"):
-        game.receive(1, said[1])
-    game.stage = "ShareKeys"
-    refuses(game, 0, KeyDirectory(said), match="site001 are not signed")
-
-
 # --- what is learnt ---
 
 
@@ -397,7 +337,7 @@ def test_a_sum_that_did_not_open_stays_masked():
         game.receive(u, game.answer(u))
     with pytest.raises(BelowThreshold):
         game.close()
-    left = party.session.ring.reduce(game.server.total.copy())
+    left = party.subject.ring.reduce(game.server.total.copy())
     assert (left != oracle(party, game.vectors, frozenset(range(4)))).all()
 
 
@@ -406,17 +346,17 @@ def test_colluders_and_the_server_see_only_the_sum_of_two_honest_participants():
     uniform over the ring; only the two together give their sum."""
     d = 1 << 14
     party = Party(4, dimension=d, bits=20)
-    ring, sid = party.session.ring, party.session.id
+    ring, sum_id = party.subject.ring, party.sum_id
     vectors = {u: np.full(d, 1000 * (u + 1), np.uint32) for u in range(4)}
     game = Round(party, vectors).play("MaskedInput")
     seeds = {u: game.states[u].self_mask_seed for u in (0, 1)}
-    colluders = {w: game.states[w].pairwise_keys for w in (2, 3)}
+    colluders = {w: game.states[w].pairwise_secrets for w in (2, 3)}
     bare = {}
     for u in (0, 1):
         bare[u] = ring.unpack(game.answer(u).packed, d)
-        add_keystream(bare[u], client.self_mask_key(seeds[u], sid, u), -1)  # as after unmasking
-        for w, keys in colluders.items():
-            add_keystream(bare[u], keys[u], -client.mask_sign(u, w))
+        add_keystream(bare[u], client.self_mask_key(seeds[u], sum_id, u), -1)  # as after unmasking
+        for w, secrets in colluders.items():
+            add_keystream(bare[u], client.pairwise_key(secrets[u], sum_id, u, w), -client.mask_sign(u, w))
         assert_uniform(ring.reduce(bare[u]) >> np.uint32(16), 16)
         assert_uniform(bare[u] & np.uint32(15), 16)
     assert (ring.reduce(bare[0] + bare[1]) == 3000).all()

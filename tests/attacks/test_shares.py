@@ -5,12 +5,12 @@ import pytest
 
 from secagg import LocalProtocolError, Params, RemoteProtocolError
 from secagg.keys import AgreementKey
-from secagg.masking import client
-from secagg.masking.messages import EncryptedShares, UnmaskShares
+from secagg.masking import client, server
+from secagg.masking.messages import Commitment
 from secagg.prg import Label
 from secagg.sealed import channel_key, seal
 from secagg.shamir import PRIME, recover, split
-from tests.secagg.simulation import Party, Round, oracle
+from tests.secagg.simulation import Party, Round, changed, oracle
 
 MODES = ("active", "semi-honest")
 WRONG = (12345).to_bytes(33, "big")
@@ -95,7 +95,7 @@ def test_a_share_under_another_owners_name():
     def exchange(honest):
         held = dict(honest.of_self_mask_seed)
         held[3], held[4] = held[4], held[3]
-        return UnmaskShares(held, honest.of_mask_secret)
+        return changed(honest, of_self_mask_seed=held)
 
     game = at_unmasking(6, 5)
     opened = finish(game, {1: exchange})
@@ -127,12 +127,12 @@ def test_two_participants_that_send_each_others_answers_are_both_named():
 @pytest.mark.parametrize(
     "lie",
     [
-        lambda a: UnmaskShares({v: s for v, s in a.of_self_mask_seed.items() if v != 1}, a.of_mask_secret),
-        lambda a: UnmaskShares({**a.of_self_mask_seed, 5: WRONG}, a.of_mask_secret),
-        lambda a: UnmaskShares(a.of_self_mask_seed, {**a.of_mask_secret, 1: WRONG}),
-        lambda a: UnmaskShares(a.of_self_mask_seed, {}),
-        lambda a: UnmaskShares({}, {**a.of_mask_secret, **a.of_self_mask_seed}),
-        lambda a: UnmaskShares({**a.of_self_mask_seed, 99: WRONG}, a.of_mask_secret),
+        lambda a: {"of_self_mask_seed": {v: s for v, s in a.of_self_mask_seed.items() if v != 1}},
+        lambda a: {"of_self_mask_seed": {**a.of_self_mask_seed, 5: WRONG}},
+        lambda a: {"of_mask_secret": {**a.of_mask_secret, 1: WRONG}},
+        lambda a: {"of_mask_secret": {}},
+        lambda a: {"of_self_mask_seed": {}, "of_mask_secret": {**a.of_mask_secret, **a.of_self_mask_seed}},
+        lambda a: {"of_self_mask_seed": {**a.of_self_mask_seed, 99: WRONG}},
     ],
     ids=[
         "one missing",
@@ -146,7 +146,7 @@ def test_two_participants_that_send_each_others_answers_are_both_named():
 def test_an_answer_with_other_shares_than_asked_for_is_refused_by_name(lie, mode):
     game = at_unmasking(6, 5, mode=mode, gone=[5])
     with pytest.raises(RemoteProtocolError, match="site003 answered with shares of other participants") as caught:
-        game.receive(3, lie(game.answer(3)))
+        game.receive(3, changed(honest := game.answer(3), **lie(honest)))
     assert caught.value.culprits == {"site003"}
 
 
@@ -190,7 +190,8 @@ def a_dealer_that_lies(n, threshold, *, seed=None, secret=None, commit=None, tam
         boxes[v] = seal(key, sid, 1, v, text)
     game.states[1] = msgspec.structs.replace(state, own_shares=(of_secret[1], of_seed[1]))
     committed = client.commitment(commit or state.self_mask_seed, sid, 1)
-    game.receive(1, EncryptedShares(boxes, committed, party.identity[1].sign(Label.SIGN_COMMITMENT, sid, committed)))
+    signature = party.identity[1].sign(Label.SIGN_COMMITMENT, sid, committed)
+    game.receive(1, changed(honest, boxes=boxes, commitment=Commitment(committed, signature)))
     game.close()
     return game
 
@@ -211,7 +212,7 @@ def test_a_participant_that_masks_with_another_seed_than_it_shares_and_commits_t
     """It only spoils its own contribution, which it could choose anyway: the sum is off by a vector of its choice."""
     game = a_dealer_that_lies(6, 5, seed=b"\x42" * 32, commit=b"\x42" * 32).play()
     others = frozenset(range(6)) - {1}
-    ring = game.party.session.ring
+    ring = game.subject.ring
     difference = game.server.total - oracle(game.party, game.vectors, others).astype(ring.dtype)
     assert ring.reduce(difference).any()
     assert game.server.suspects == frozenset()
@@ -281,3 +282,14 @@ def test_t_minus_1_colluding_participants_and_the_server_do_not_have_the_key_of_
     with pytest.raises(RemoteProtocolError):
         recover({**held, 5: WRONG}, party.session.params.threshold, seed.__eq__)
     assert recover({**held, 5: game.states[5].held[0][1]}, 5, seed.__eq__) == (seed, frozenset())
+
+
+@pytest.mark.parametrize("what", ["self-mask seeds", "mask keys"])
+def test_what_is_reconstructed_is_compared_in_constant_time(what, monkeypatch):
+    """Every comparison goes through the one function: where that says no, nothing opens."""
+    game = at_unmasking(6, 5, gone=[5])
+    checked = game.server.commitments[0].digest if what == "self-mask seeds" else game.server.directory[5].mask_key
+    real = server.hmac.compare_digest
+    monkeypatch.setattr(server.hmac, "compare_digest", lambda a, b: real(a, b) and checked not in (a, b))
+    with pytest.raises(RemoteProtocolError, match="do not lead to the secret"):
+        finish(game, {})

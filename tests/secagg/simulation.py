@@ -19,6 +19,7 @@ from secagg import (
     RemoteProtocolError,
     Roster,
     Session,
+    Subject,
     deterministic_entropy,
     least_threshold,
     wire,
@@ -37,7 +38,7 @@ RECEIVE: dict[str, Any] = {
 }
 CLOSE: dict[str, Any] = {
     "AdvertiseKeys": server.close_keys,
-    "ShareKeys": server.close_shares,
+    "ShareKeys": server.close_shares,  # and `begin_sum`
     "MaskedInput": server.close_vectors,
     "ConsistencyCheck": server.close_confirmations,
     "Unmask": lambda state: (server.close_unmask(state), {}),
@@ -45,7 +46,7 @@ CLOSE: dict[str, Any] = {
 
 
 class Party:
-    """A roster of n participants with their identities and entropies."""
+    """A roster of n participants with their identities and entropies, and one round for them to play."""
 
     def __init__(
         self,
@@ -61,21 +62,32 @@ class Party:
         self.identity = {u: Identity.generate(self.entropy[u]) for u in range(n)}
         roster = Roster.of({f"site{u:03d}": self.identity[u].public for u in range(n)})
         params = Params(roster, threshold or least_threshold(n, mode), mode)
-        self.session = Session(params, bytes(32), "train", number, bytes(32), dimension, bits)
+        self.session = Session(params, bytes(32), number)
+        self.subject = Subject("train", bytes(32), bytes(32), dimension, bits)
+
+    @property
+    def sum_id(self) -> bytes:
+        return self.subject.sum_id(self.session.id)
+
+    def at(self, number: int) -> Party:
+        """The same participants, whose entropies run on, in another round."""
+        other = copy.copy(self)
+        other.session = msgspec.structs.replace(self.session, round=number)
+        return other
 
     def vectors(self, seed: int = 0) -> dict[int, np.ndarray]:
         rng = np.random.default_rng(seed)
-        ring = self.session.ring
+        ring = self.subject.ring
         top = np.uint64(ring.modulus - 1)
         return {
-            u: rng.integers(0, top, self.session.dimension, dtype=np.uint64, endpoint=True).astype(ring.dtype)
+            u: rng.integers(0, top, self.subject.dimension, dtype=np.uint64, endpoint=True).astype(ring.dtype)
             for u in self.identity
         }
 
 
 def oracle(party: Party, vectors: Mapping[int, np.ndarray], survivors: frozenset[int]) -> np.ndarray:
     """The sum in Python integers."""
-    modulus, dimension = party.session.ring.modulus, party.session.dimension
+    modulus, dimension = party.subject.ring.modulus, party.subject.dimension
     return np.array([sum(int(vectors[u][i]) for u in survivors) % modulus for i in range(dimension)], dtype=object)
 
 
@@ -87,7 +99,12 @@ class Round:
         outbox: What the server sent to begin it; who is in it is expected to answer.
         states: Each participant's state after its last answer.
         server: The server's state; `Opened` at the end.
+        agreed: The server's state between the keys and the sum, once it was there.
+        subject: What is summed. By default the party's; where it is None, the round stands still once its keys are
+            agreed, until `begin` says what they are for.
     """
+
+    agreed: server.Agreed
 
     def __init__(self, party: Party, vectors: Mapping[int, np.ndarray] | None = None):
         self.party = party
@@ -96,8 +113,11 @@ class Round:
         self.outbox: dict[int, Any] = dict.fromkeys(party.identity)
         self.states: dict[int, Any] = {}
         self.server: Any = server.start(party.session)
+        self.subject: Subject | None = party.subject
 
-    def answer(self, u: int, message: Any = None, *, session: Session | None = None) -> Any:
+    def answer(
+        self, u: int, message: Any = None, *, session: Session | None = None, subject: Subject | None = None
+    ) -> Any:
         """What participant u answers to `message` (by default what the server sent it); its state moves on."""
         message = self.outbox.get(u) if message is None else message
         if message is not None:
@@ -109,7 +129,7 @@ class Round:
             case "ShareKeys":
                 state, reply = client.share_keys(state, message, identity, entropy)
             case "MaskedInput":
-                state, reply = client.mask_input(state, message, self.vectors[u])
+                state, reply = client.mask_input(state, message, subject or self.subject, self.vectors[u])
             case "ConsistencyCheck":
                 state, reply = client.confirm(state, message, identity)
             case "Unmask" if self.party.session.params.active:
@@ -125,11 +145,22 @@ class Round:
 
     def close(self) -> None:
         """The server ends the stage with whoever answered."""
-        self.server, self.outbox = CLOSE[self.stage](self.server)
+        closed = CLOSE[self.stage](self.server)
+        if isinstance(closed, server.Agreed):
+            self.server, self.outbox, self.agreed = closed, {}, closed
+            if self.subject is not None:
+                self.begin(self.subject)
+        else:
+            self.server, self.outbox = closed
         at = STAGES.index(self.stage) + 1
         if at == 3 and not self.party.session.params.active:
             at += 1
         self.stage = STAGES[at] if at < len(STAGES) else None
+
+    def begin(self, subject: Subject) -> None:
+        """The server uses the keys that were agreed."""
+        self.subject = subject
+        self.server, self.outbox = server.begin_sum(self.agreed, subject)
 
     def play(self, until: str | None = None, drop: Mapping[int, str] | None = None) -> Round:
         """Everyone follows the protocol until a stage is open; participant u is gone from the stage `drop[u]` on."""
@@ -181,6 +212,11 @@ def every_drop_out(game: Round) -> Iterator[tuple[Round, frozenset[int], BelowTh
                 yield branch, frozenset(answering), None
             else:
                 yield from every_drop_out(branch)
+
+
+def changed(value: Any, **changes: Any) -> Any:
+    """A struct with some fields changed, made anew: so what it checks of itself is checked."""
+    return type(value)(**{f: getattr(value, f) for f in value.__struct_fields__} | changes)
 
 
 def replace_entry(directory: KeyDirectory, u: int, **changes: Any) -> KeyDirectory:

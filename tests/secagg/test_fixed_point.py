@@ -1,5 +1,6 @@
 """Floats in a ring: no bias, nothing over its bound, no sum that wraps, and every refusal says what was wrong."""
 
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -285,6 +286,12 @@ def test_a_hand_made_plan_is_checked_too():
         (3, float("inf"), 1, 16),
         (3, 1.0, 0, 16),
         (3, 1.0, 1, -1),
+        (3.0, 1.0, 1, 16),
+        (True, 1.0, 1, 16),
+        (3, 1.0, 1.5, 16),
+        (3, 1.0, True, 16),
+        (3, 1.0, 1, 16.0),
+        (3, 1.0, 1, False),
     ],
 )
 def test_parameters_that_make_no_sense_are_refused(clients, max_value, max_weight, fraction_bits):
@@ -314,6 +321,32 @@ def test_a_sum_that_honest_participants_cannot_make_is_refused(weight, entry, bi
     with pytest.raises(RemoteProtocolError, match="outside its bounds") as caught:
         fixed.decode(total)
     assert caught.value.culprits == frozenset()
+
+
+@pytest.mark.parametrize("at", [0, _BLOCK - 1, _BLOCK, 2 * _BLOCK + 9])
+@pytest.mark.parametrize("bits", [20, 36])
+def test_a_long_sum_is_decoded_and_checked_to_its_end(at, bits):
+    fixed = plan(3, 1.0, 10, fraction_bits=4, ring_bits=bits)
+    sums = np.random.default_rng(0).integers(-480, 481, 2 * _BLOCK + 10)
+    total = np.concatenate([[30], sums % fixed.ring.modulus]).astype(fixed.ring.dtype)
+    weight, mean = fixed.decode(total)
+    assert (weight, mean.dtype, mean.shape) == (30, np.float64, sums.shape)
+    assert (mean == sums / 480).all()
+    for beyond in (481, fixed.ring.modulus - 481):
+        total[1 + at] = beyond
+        with pytest.raises(RemoteProtocolError, match="outside its bounds"):
+            fixed.decode(total)
+
+
+def test_decoding_takes_no_memory_of_a_sums_size_but_for_the_mean():
+    fixed = plan(3, 1.0, 10, fraction_bits=4)
+    total = fixed.ring.zeros(1 + (1 << 21))
+    total[0] = 30
+    tracemalloc.start()
+    mean = fixed.decode(total)[1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < mean.nbytes + (1 << 22)
 
 
 @pytest.mark.parametrize("entry", [30 * 16, -30 * 16])
@@ -361,7 +394,7 @@ def test_what_float64_cannot_round_is_a_headroom_error(units, weight):
         plan(1, float(units), weight, fraction_bits=0)
 
 
-@pytest.mark.parametrize(("max_value", "fraction_bits"), [(1.0, 2000), (1e308, 16)])
+@pytest.mark.parametrize(("max_value", "fraction_bits"), [(1.0, 2000), (1e308, 16), (2.0**-100, 101)])
 def test_a_scale_beyond_any_float_is_a_headroom_error(max_value, fraction_bits):
     with pytest.raises(HeadroomError):
         plan(3, max_value, fraction_bits=fraction_bits)

@@ -8,12 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secagg import BelowThreshold, LocalProtocolError, Params, RemoteProtocolError, Session, least_threshold, wire
+from secagg import (
+    BelowThreshold,
+    LocalProtocolError,
+    Params,
+    RemoteProtocolError,
+    Session,
+    Subject,
+    least_threshold,
+    wire,
+)
 from secagg.keys import AgreementKey
 from secagg.masking import client, server
-from secagg.masking.params import MAX_DIMENSION
+from secagg.masking.params import MAX_DIMENSION, Terms, differences
 from secagg.prg import add_keystream
-from tests.secagg.simulation import STAGES, Party, Round, assert_uniform, every_drop_out, oracle, run
+from tests.secagg.simulation import STAGES, Party, Round, assert_uniform, changed, every_drop_out, oracle, run
 
 MODES = ("active", "semi-honest")
 
@@ -68,7 +77,7 @@ def test_the_sum_is_exact_in_every_ring(bits, mode):
     party = Party(5, mode=mode, bits=bits, dimension=257, threshold=4)
     vectors = party.vectors(bits)
     opened = run(party, vectors, {1: "MaskedInput"})
-    assert opened.total.dtype == party.session.ring.dtype
+    assert opened.total.dtype == party.subject.ring.dtype
     assert (opened.total == oracle(party, vectors, frozenset({0, 2, 3, 4}))).all()
 
 
@@ -100,8 +109,8 @@ def test_the_order_of_arrival_changes_nothing(mode):
 @pytest.mark.parametrize("bits", [4, 20, 36])
 def test_a_masked_vector_alone_is_uniform_over_the_whole_ring(bits):
     party = Party(3, dimension=1 << 15, bits=bits)
-    game = Round(party, {u: party.session.ring.zeros(1 << 15) for u in range(3)}).play("MaskedInput")
-    y = party.session.ring.unpack(game.answer(0).packed, 1 << 15)
+    game = Round(party, {u: party.subject.ring.zeros(1 << 15) for u in range(3)}).play("MaskedInput")
+    y = party.subject.ring.unpack(game.answer(0).packed, 1 << 15)
     assert_uniform(y & y.dtype.type(15), 16)
     assert_uniform(y >> y.dtype.type(bits - 4), 16)
 
@@ -109,7 +118,7 @@ def test_a_masked_vector_alone_is_uniform_over_the_whole_ring(bits):
 def test_the_servers_total_before_unmasking_is_not_the_sum():
     party = Party(4, dimension=1 << 15, bits=20)
     game = Round(party).play("Unmask")
-    total = party.session.ring.reduce(game.server.total.copy())
+    total = party.subject.ring.reduce(game.server.total.copy())
     error = (total - oracle(party, game.vectors, frozenset(range(4))).astype(np.uint32)) & np.uint32(2**20 - 1)
     assert_uniform(error >> 16, 16)
 
@@ -123,24 +132,28 @@ def test_pairwise_masks_cancel_and_self_masks_are_what_is_left(u, v):
 
 def test_without_its_self_mask_a_vector_is_still_hidden_by_the_pairwise_ones_and_without_those_by_its_self_mask():
     party = Party(3, dimension=1 << 14, bits=32)
-    game = Round(party, {u: party.session.ring.zeros(1 << 14) for u in range(3)}).play("MaskedInput")
-    state, y = game.states[0], party.session.ring.unpack(game.answer(0).packed, 1 << 14)
+    game = Round(party, {u: party.subject.ring.zeros(1 << 14) for u in range(3)}).play("MaskedInput")
+    state, y = game.states[0], party.subject.ring.unpack(game.answer(0).packed, 1 << 14)
     bare = y.copy()
-    add_keystream(bare, client.self_mask_key(state.self_mask_seed, party.session.id, 0), -1)
+    add_keystream(bare, client.self_mask_key(state.self_mask_seed, party.sum_id, 0), -1)
     assert_uniform(bare >> 28, 16)
     bare = y.copy()
-    for v, key in state.pairwise_keys.items():
-        add_keystream(bare, key, -client.mask_sign(0, v))
+    for v, secret in state.pairwise_secrets.items():
+        add_keystream(bare, client.pairwise_key(secret, party.sum_id, 0, v), -client.mask_sign(0, v))
     assert_uniform(bare >> 28, 16)
 
 
-def test_a_pairwise_key_is_the_same_for_both_and_another_for_every_pair_and_session():
+def test_a_pairwise_secret_and_its_key_are_the_same_for_both_and_others_for_every_pair_session_and_subject():
     own, other, session = AgreementKey(b"\1" * 32), AgreementKey(b"\2" * 32), bytes(32)
-    key = client.pairwise_key(own, other.public, session, 1, 2)
-    assert key == client.pairwise_key(other, own.public, session, 2, 1)
-    assert key != client.pairwise_key(own, other.public, session, 1, 3)
-    assert key != client.pairwise_key(own, other.public, session, 0, 2)
-    assert key != client.pairwise_key(own, other.public, b"\1" * 32, 1, 2)
+    secret = client.pairwise_secret(own, other.public, session, 1, 2)
+    assert secret == client.pairwise_secret(other, own.public, session, 2, 1)
+    for of_session, u, v in ((session, 1, 3), (session, 0, 2), (b"\1" * 32, 1, 2)):
+        assert secret != client.pairwise_secret(own, other.public, of_session, u, v)
+    key = client.pairwise_key(secret, session, 1, 2)
+    assert key == client.pairwise_key(secret, session, 2, 1)
+    assert key != secret
+    for of_sum, u, v in ((session, 1, 3), (session, 0, 2), (b"\1" * 32, 1, 2)):
+        assert key != client.pairwise_key(secret, of_sum, u, v)
 
 
 def test_a_commitment_is_for_one_seed_session_and_participant():
@@ -182,7 +195,7 @@ def test_masking_leaves_the_callers_vector_alone():
 def test_a_vector_of_another_shape_or_type_is_refused_before_anything_is_masked(vector):
     game = Round(Party(3)).play("MaskedInput")
     with pytest.raises(LocalProtocolError, match="expected"):
-        client.mask_input(game.states[0], game.outbox[0], vector)
+        client.mask_input(game.states[0], game.outbox[0], game.subject, vector)
 
 
 def test_a_state_drops_the_secrets_that_are_spent():
@@ -191,7 +204,7 @@ def test_a_state_drops_the_secrets_that_are_spent():
     game.play("MaskedInput")
     state = game.states[0]
     assert not any(secret in msgspec.msgpack.encode(state) for secret in spent[0])
-    spent[0] += [state.self_mask_seed, *state.pairwise_keys.values(), *state.inbound_keys.values()]
+    spent[0] += [state.self_mask_seed, *state.pairwise_secrets.values(), *state.inbound_keys.values()]
     game.play("ConsistencyCheck")
     assert not any(secret in msgspec.msgpack.encode(game.states[0]) for secret in spent[0])
     spent[0] += [share for pair in game.states[0].held.values() for share in pair]
@@ -233,43 +246,101 @@ def test_a_mode_that_is_neither_is_refused():
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"dimension": 0},
-        {"dimension": MAX_DIMENSION + 1},
-        {"ring_bits": 0},
-        {"ring_bits": 65},
-        {"round": -1},
-        {"context": bytes(31)},
-        {"model_digest": bytes(33)},
-    ],
+    [{"round": -1}, {"round": 1 << 62}, {"context": bytes(31)}, {"context": bytes(33)}],
     ids=str,
 )
 def test_a_session_that_makes_no_sense_is_refused(change):
-    session = Party(3).session
-    fields = {f: getattr(session, f) for f in session.__struct_fields__}
     with pytest.raises(LocalProtocolError):
-        Session(**{**fields, **change})
+        changed(Party(3).session, **change)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"dimension": 6},
-        {"ring_bits": 21},
+        {"dimension": 0},
+        {"dimension": MAX_DIMENSION + 1},
+        {"ring_bits": 0},
+        {"ring_bits": 65},
+        {"model_digest": bytes(31)},
+        {"model_digest": bytes(33)},
+        {"previous": b""},
+    ],
+    ids=str,
+)
+def test_a_subject_that_makes_no_sense_is_refused(change):
+    with pytest.raises(LocalProtocolError):
+        changed(Party(3).subject, **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
         {"round": 2},
         {"context": b"\1" * 32},
-        {"model_digest": b"\1" * 32},
-        {"purpose": "standardize"},
         {"params": Party(4, threshold=4).session.params},
         {"params": Party(4, mode="semi-honest").session.params},
         {"params": Party(5, threshold=4).session.params},
     ],
-    ids=["dimension", "ring", "round", "context", "model", "purpose", "threshold", "mode", "roster"],
+    ids=["round", "context", "threshold", "mode", "roster"],
 )
-def test_whatever_differs_makes_another_session_id(change):
+def test_whatever_differs_makes_another_session_id_and_another_sum_id(change):
+    party = Party(4)
+    other = changed(party.session, **change)
+    assert other.id != party.session.id
+    assert party.subject.sum_id(other.id) != party.sum_id
+    assert (Party(4).session.id, Party(4).sum_id) == (party.session.id, party.sum_id)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"purpose": "standardize"},
+        {"model_digest": b"\1" * 32},
+        {"previous": b"\1" * 32},
+        {"dimension": 6},
+        {"ring_bits": 21},
+    ],
+    ids=str,
+)
+def test_whatever_differs_makes_another_sum_id(change):
+    party = Party(4)
+    assert changed(party.subject, **change).sum_id(party.session.id) != party.sum_id
+
+
+def test_every_field_of_a_session_and_of_a_subject_is_in_the_tests_above():
+    """A field that someone adds is to be in the digests too."""
+    assert Session.__struct_fields__ == ("params", "context", "round")
+    assert Terms.__struct_fields__ == ("params", "context", "round")
+    assert Subject.__struct_fields__ == ("purpose", "model_digest", "previous", "dimension", "ring_bits")
+
+
+def test_model_and_past_do_not_stand_for_each_other():
+    """Two digests side by side: exchanged, they are another subject."""
+    party = Party(4)
+    one, other = (
+        changed(party.subject, model_digest=a * 32, previous=b * 32) for a, b in ((b"\1", b"\2"), (b"\2", b"\1"))
+    )
+    assert one.sum_id(party.session.id) != other.sum_id(party.session.id)
+
+
+def test_a_session_has_the_id_of_its_terms():
     session = Party(4).session
-    assert msgspec.structs.replace(session, **change).id != session.id
-    assert Party(4).session.id == session.id
+    assert session.terms == Terms(session.params.digest, session.context, session.round)
+    assert session.id == session.terms.session_id
+
+
+def test_what_differs_is_told_with_both_digests_and_what_does_not_is_not():
+    party = Party(4)
+    ours, theirs = party.subject, changed(party.subject, model_digest=b"\xab" * 32, dimension=7)
+    assert differences(ours, ours) == ""
+    told = "model abababababababab where 0000000000000000 was expected, dimension 7 where 5 was expected"
+    assert differences(theirs, ours) == told
+    terms = party.session.terms
+    other = changed(terms, params=b"\1" * 32, context=b"\2" * 32, round=8)
+    assert differences(other, terms) == (
+        f"roster, threshold or mode 0101010101010101 where {terms.params.hex()[:16]} was expected, "
+        "study configuration 0202020202020202 where 0000000000000000 was expected, round 8 where 1 was expected"
+    )
 
 
 @pytest.mark.parametrize("bad", [-1, 3])

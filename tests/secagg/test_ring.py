@@ -1,5 +1,7 @@
 """Vectors over Z_{2^b}: exact width, fixed byte order, one form for each vector."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -98,6 +100,77 @@ def test_another_length_is_refused(bits):
     for wrong in (b"", packed[:-1], packed + b"\0", packed * 2):
         with pytest.raises(DecodeError, match=f"16 values of {bits} bits take {len(packed)} bytes, got {len(wrong)}"):
             ring.unpack(wrong, 16)
+
+
+@pytest.mark.parametrize("bits", range(1, 65))
+def test_adding_a_packed_vector_is_unpacking_it_and_adding(bits):
+    """At every byte that a message may have it at, and wrapping in the machine word."""
+    ring = Ring(bits)
+    for size in (0, 1, 2, 3, 7, 8, 31, 32, 33, 63, 64, 65, 130):
+        packed, before = ring.pack(drawn(ring, size, seed=1)), np.iinfo(ring.dtype).max - drawn(ring, size, seed=2)
+        within = [memoryview(bytes(at) + packed + b"\xff" * 9)[at : at + len(packed)] for at in (1, 4, 7)]
+        for data in (packed, *within):
+            total = before.copy()
+            assert ring.add_packed(total, data) is None
+            assert (total == before + ring.unpack(packed, size)).all()
+            assert (ring.unpack(data, size) == ring.unpack(packed, size)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 20, 26, 27, 32, 33, 36, 52, 59, 63, 64])
+@pytest.mark.parametrize("size", [_PACK_BLOCK - 1, _PACK_BLOCK, _PACK_BLOCK + 1, 2 * _PACK_BLOCK + 12345])
+def test_adding_over_several_blocks_is_the_same_as_in_one(bits, size):
+    ring = Ring(bits)
+    vector, total = drawn(ring, size), drawn(ring, size, seed=1)
+    expected = total + vector
+    ring.add_packed(total, ring.pack(vector))
+    assert (total == expected).all()
+
+
+@pytest.mark.parametrize("bits", [1, 20, 27, 36, 63])
+def test_a_packed_vector_that_is_refused_adds_nothing(bits):
+    ring, size = Ring(bits), _PACK_BLOCK + 1  # the last value is in a block of its own
+    total = drawn(ring, size, seed=1)
+    before, packed = total.copy(), ring.pack(drawn(ring, size))
+    for wrong in (b"", packed[:-1], packed + b"\0", packed * 2, packed[:-1] + bytes([packed[-1] | 0x80])):
+        for data in (wrong, memoryview(wrong)):
+            with pytest.raises(DecodeError) as refused:
+                ring.unpack(data, size)
+            with pytest.raises(DecodeError) as added:
+                ring.add_packed(total, data)
+            assert str(added.value) == str(refused.value)
+            assert (total == before).all()
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        [1, 2, 3],
+        np.zeros(3, np.uint64),
+        np.zeros(3, np.int32),
+        np.zeros((2, 2), np.uint32),
+        np.zeros(6, np.uint32)[::2],
+    ],
+    ids=["list", "wide", "signed", "matrix", "strided"],
+)
+def test_a_packed_vector_is_added_only_to_a_vector_of_the_ring(total):
+    packed = Ring(20).pack(drawn(Ring(20), np.size(total)))
+    with pytest.raises(LocalProtocolError):
+        Ring(20).add_packed(total, packed)
+    assert np.sum(total) in (0, 6)
+
+
+@pytest.mark.parametrize("bits", [20, 26, 32, 36, 63, 64])
+def test_adding_a_packed_vector_takes_no_memory_of_its_size(bits):
+    ring = Ring(bits)
+    peaks = []
+    for size in (1 << 20, 1 << 22):
+        total, packed = ring.zeros(size), memoryview(b"\1" + ring.pack(drawn(ring, size)))[1:]
+        tracemalloc.start()
+        ring.add_packed(total, packed)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < 1 << 21  # some blocks; the larger vector has 16 MiB or more
+    assert peaks[1] < peaks[0] + 4096
 
 
 def test_an_unpacked_vector_can_be_added_into():

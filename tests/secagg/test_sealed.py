@@ -59,3 +59,9 @@ def test_a_box_with_any_byte_changed_does_not_open(at):
 def test_a_box_of_another_length_does_not_open(length):
     with pytest.raises(RemoteProtocolError):
         unseal(KEY, SESSION, 1, 2, (BOX + b"\0")[:length])
+
+
+@pytest.mark.parametrize("key", [bytes(16), KEY[:15] + bytes(1), KEY + KEY, KEY[:15], b""], ids=bytes.hex)
+def test_a_box_opens_under_no_other_key_also_none_that_aes_would_not_take(key):
+    with pytest.raises(RemoteProtocolError, match="altered, reflected or replayed"):
+        unseal(key, SESSION, 1, 2, BOX)
