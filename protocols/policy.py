@@ -1,6 +1,7 @@
 """What a site agrees to, whatever the study or the server says.
 
-A policy is the site's own. It is checked when the site takes up a study, and the log of cohorts in every round.
+A policy is the site's own. It is checked when the site takes up a study, and in every round against those who are in
+the sum and against the time that has passed.
 """
 
 from __future__ import annotations
@@ -10,29 +11,62 @@ from typing import Literal
 
 from msgspec import Struct
 
-from protocols.errors import StudyError
+from protocols.errors import PolicyRefusal, StudyError
 from protocols.study import Study
-from secagg.errors import RemoteProtocolError
+from secagg.masking.params import SUITE
+
+_DAY = 86_400
+# A clock that is set right during a round may step back by so much, in seconds.
+_CLOCK_STEP = 60
+# A participant's number has 16 bits.
+_MOST_SITES = 1 << 16
 
 
-class Policy(Struct, frozen=True, kw_only=True):
+class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A site's conditions. The default is strict; a server cannot lower any of them.
 
     Attributes:
         smallest_cohort: Fewest sites in a sum, this one included. The study's threshold must be at least that.
+        smallest_others: Fewest sites in a sum beside this one, counted in every round. With one other only, the sum
+            shows each of the two the other's contribution.
         schemes: Ways to sum that the site takes part in.
+        suites: Sets of primitives that a masked sum may be made with.
         semi_honest: Whether a server that is merely trusted to follow the protocol is enough.
         smallest_difference: Fewest sites by which the cohorts of two sums over the same model may differ, if they
             differ. By less, the difference of the two sums would show the contribution of so few.
+        longest_session: Seconds from the site's keys for a round to its last answer under them. What is older is not
+            answered: a round that a server keeps open for days keeps the site's secrets on disk as long.
+
+    Raises:
+        StudyError: A condition that makes no sense; the message names the key.
     """
 
     smallest_cohort: int = 3
+    smallest_others: int = 2
     schemes: tuple[Literal["masked", "plain"], ...] = ("masked",)
+    suites: tuple[str, ...] = (SUITE,)
     semi_honest: bool = False
     smallest_difference: int = 2
+    longest_session: float = _DAY
 
-    def check_study(self, site: str, study: Study) -> None:
+    def __post_init__(self) -> None:
+        for key, least in (("smallest_cohort", 1), ("smallest_others", 0), ("smallest_difference", 0)):
+            if not least <= getattr(self, key) <= _MOST_SITES:
+                _refuse(key, f"{least} to {_MOST_SITES} sites", getattr(self, key))
+        for key, known in (("schemes", ("masked", "plain")), ("suites", (SUITE,))):
+            listed: tuple[str, ...] = getattr(self, key)
+            if not listed or len(set(listed)) < len(listed) or not set(listed) <= set(known):
+                _refuse(key, f"a list of {' or '.join(known)}, each at most once and one at least", list(listed))
+        if not 1 <= self.longest_session <= 30 * _DAY:
+            _refuse("longest_session", "1 second to 30 days, in seconds", self.longest_session)
+
+    def check_study(self, site: str, study: Study, suite: str = SUITE) -> None:
         """Refuse a study that asks for less than the policy's conditions.
+
+        Args:
+            site: The site's name, for the message.
+            study: The site's copy.
+            suite: Primitives of its masked sums.
 
         Raises:
             StudyError: The message names the site, the condition and what the study has.
@@ -43,6 +77,8 @@ class Policy(Struct, frozen=True, kw_only=True):
                 f"protocol.aggregation: the policy of {site} allows {', '.join(self.schemes)}, the study has "
                 f'"{protocol.aggregation}"'
             )
+        if protocol.aggregation == "masked" and suite not in self.suites:
+            raise StudyError(f"protocol: the policy of {site} allows {', '.join(self.suites)}, the study has {suite}")
         if protocol.aggregation == "masked" and protocol.mode == "semi-honest" and not self.semi_honest:
             raise StudyError(f'protocol.mode: the policy of {site} asks for "active", the study has "semi-honest"')
         if study.threshold < self.smallest_cohort:
@@ -50,29 +86,70 @@ class Policy(Struct, frozen=True, kw_only=True):
                 f"protocol.threshold: the policy of {site} asks for sums over at least {self.smallest_cohort} sites, "
                 f"and the study's threshold is {study.threshold}"
             )
+        if len(study.sites) - 1 < self.smallest_others:
+            raise StudyError(
+                f"sites: the policy of {site} asks for at least {self.smallest_others} other sites in every sum, and "
+                f"the study has {len(study.sites) - 1}"
+            )
 
     def check_cohort(
-        self, earlier: Iterable[frozenset[int]], shown: frozenset[int], name_of: Callable[[int], str]
+        self,
+        earlier: Iterable[frozenset[int]],
+        shown: frozenset[int],
+        name_of: Callable[[int], str],
+        me: int,
     ) -> None:
-        """Refuse a cohort that differs too little from one that the site has confirmed for the same model.
+        """Refuse a cohort that is too small, or differs too little from an earlier one for the same model.
 
         Args:
             earlier: Cohorts confirmed before, for the same model and purpose.
-            shown: The cohort that the server shows now.
+            shown: The cohort that the server shows now: those whose contributions are in the sum.
             name_of: Names a participant by its number, for the message.
+            me: The site's own number.
 
         Raises:
-            RemoteProtocolError: The two sums' difference would be over too few sites.
+            PolicyRefusal: The sum would be over too few sites, or the difference of two sums would.
         """
+        others = len(shown - {me})
+        if len(shown) < self.smallest_cohort or others < self.smallest_others:
+            raise PolicyRefusal(
+                f"the server shows a sum over {len(shown)} sites ({', '.join(map(name_of, sorted(shown))) or 'none'}): "
+                f"the policy asks for at least {self.smallest_cohort}, and for {self.smallest_others} beside this one"
+            )
         for cohort in earlier:
             apart = cohort ^ shown
             if 0 < len(apart) < self.smallest_difference:
                 who = ", ".join(map(name_of, sorted(apart)))
-                raise RemoteProtocolError(
+                raise PolicyRefusal(
                     f"this cohort and an earlier one over the same model differ by {who} only: the difference of the "
                     "two sums would show that contribution"
                 )
 
+    def check_age(self, seconds: float) -> None:
+        """Refuse to go on with a round that was begun too long ago.
 
-PERMISSIVE = Policy(smallest_cohort=1, schemes=("masked", "plain"), semi_honest=True)
+        Args:
+            seconds: Since this site gave its keys for the round.
+
+        Raises:
+            PolicyRefusal: Too long ago, or no time to go by: the clock was set back since.
+        """
+        if not -_CLOCK_STEP <= seconds <= self.longest_session:
+            raise PolicyRefusal(
+                f"the keys of this round were given {seconds:.0f} seconds ago: the policy allows 0 to "
+                f"{self.longest_session:.0f}"
+            )
+
+
+def _refuse(key: str, expected: str, came: object) -> None:
+    raise StudyError(f"policy.{key}: expected {expected}, got {came!r}")
+
+
+PERMISSIVE = Policy(
+    smallest_cohort=1,
+    smallest_others=0,
+    schemes=("masked", "plain"),
+    semi_honest=True,
+    longest_session=30 * _DAY,
+)
 """For research where all sites are on one machine and whoever runs the study owns them all."""

@@ -6,44 +6,28 @@ came. The study without its data paths is what all sites must agree on; its dige
 
 from __future__ import annotations
 
-import difflib
-import enum
 import hashlib
 import math
 import re
-import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import msgspec
-from msgspec import Struct
 
 from dp import Relation
 from protocols.errors import StudyError
+from protocols.toml_file import Section, parse, read_text
 from secagg.errors import HeadroomError, LocalProtocolError
 from secagg.fixed_point import FixedPoint, plan
 from secagg.masking.params import Mode, least_threshold
 
 FORMAT = 1
-_PLAIN_TYPES = {
-    "array": "a list",
-    "object": "a table",
-    "str": "text",
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "null": "nothing",
-}
 DEMO_TEXT = files("protocols").joinpath("data/demo.toml").read_text(encoding="utf-8")
 """The study file of `secagg demo`."""
 
 
-class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of a table in the file: unknown keys are errors."""
-
-
-class SiteEntry(_Section, frozen=True):
+class SiteEntry(Section, frozen=True):
     """A participating site.
 
     Attributes:
@@ -56,7 +40,7 @@ class SiteEntry(_Section, frozen=True):
     data: str | None = None
 
 
-class Task(_Section, frozen=True):
+class Task(Section, frozen=True):
     """What is learned from what: binary classification of table rows.
 
     Attributes:
@@ -80,7 +64,7 @@ class Task(_Section, frozen=True):
     split_seed: int = 43
 
 
-class Model(_Section, frozen=True):
+class Model(Section, frozen=True):
     """The network. Its output is one logit for each row.
 
     Attributes:
@@ -98,7 +82,7 @@ class Model(_Section, frozen=True):
     buffers: Literal["refuse", "average"] = "refuse"
 
 
-class Training(_Section, frozen=True):
+class Training(Section, frozen=True):
     """What a site does in one round.
 
     Attributes:
@@ -122,7 +106,7 @@ class Training(_Section, frozen=True):
     weighting: Literal["records", "uniform"] = "records"
 
 
-class Server(_Section, frozen=True):
+class Server(Section, frozen=True):
     """How the server steps along the mean update.
 
     Attributes:
@@ -133,10 +117,10 @@ class Server(_Section, frozen=True):
 
     optimizer: str = "SGD"
     learning_rate: float = 1.0
-    options: dict[str, float | bool | tuple[float, ...]] = {}
+    options: dict[str, float | bool | tuple[float, ...]] = msgspec.field(default_factory=dict)
 
 
-class Protocol(_Section, frozen=True):
+class Protocol(Section, frozen=True):
     """How updates are summed.
 
     Attributes:
@@ -160,7 +144,7 @@ class Protocol(_Section, frozen=True):
     max_failed_rounds: int = 3
 
 
-class Privacy(_Section, frozen=True):
+class Privacy(Section, frozen=True):
     """What is promised to a record.
 
     Attributes:
@@ -186,7 +170,7 @@ class Privacy(_Section, frozen=True):
     sampling_rate: float | None = None
 
 
-class Study(_Section, frozen=True):
+class Study(Section, frozen=True):
     """A whole study; see the attributes of each table.
 
     Attributes:
@@ -270,13 +254,7 @@ def load_study(path: str | Path) -> Study:
     Raises:
         StudyError: The file is missing, is no TOML, or asks for what cannot be.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise StudyError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise StudyError(f"{path}: expected a text file in UTF-8: {error}") from error
-    return parse_study(text, name=str(path))
+    return parse_study(read_text(path, StudyError), name=str(path))
 
 
 def parse_study(text: str, *, name: str = "study.toml") -> Study:
@@ -285,76 +263,12 @@ def parse_study(text: str, *, name: str = "study.toml") -> Study:
     Raises:
         StudyError: As `load_study`.
     """
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise StudyError(_one_line(f"{name}: no valid TOML: {error}")) from error
-    try:
-        return msgspec.convert(table, Study)
-    except msgspec.ValidationError as error:
-        raise StudyError(_one_line(f"{name}: {_readable(str(error), table)}")) from None
-    except StudyError as error:
-        raise StudyError(_one_line(f"{name}: {error}")) from None
+    return parse(text, Study, name=name, error_type=StudyError)
 
 
 def demo_study() -> Study:
     """The study of `secagg demo`, which ships with the package: four hospitals, heart disease, DP-SGD."""
     return parse_study(DEMO_TEXT, name="demo.toml")
-
-
-def _one_line(message: str) -> str:
-    """A message about a key whose name holds line breaks is one line all the same."""
-    return message.replace("\n", "\\n").replace("\r", "\\r")
-
-
-def _readable(message: str, table: dict[str, Any]) -> str:
-    """The message of msgspec with the path first, and the value that came."""
-    what, _, path = message.partition(" - at `$")
-    path = path.rstrip("`").lstrip(".")
-    where = table_at(table, path)
-    if unknown := re.match(r"Object contains unknown field `(.*)`", what, re.DOTALL):
-        known = [field.name for field in msgspec.structs.fields(_type_at(path))]
-        near = difflib.get_close_matches(unknown[1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
-        return f"{'.'.join(filter(None, [path, unknown[1]]))}: unknown key; {hint}"
-    if missing := re.match(r"Object missing required field `(.*)`", what):
-        return f"{'.'.join(filter(None, [path, missing[1]]))}: expected a value, got none"
-    if what.startswith("Invalid enum value") and (choices := _choices(path)):
-        return f"{path}: expected one of {', '.join(choices)}, got {where!r}"
-    for theirs, plain in _PLAIN_TYPES.items():
-        what = what.replace(f"`{theirs}`", plain)
-    return f"{path or 'the file'}: {what[:1].lower()}{what[1:]}" + (f" ({where!r})" if where is not None else "")
-
-
-def _type_at(path: str) -> Any:  # noqa: ANN401 - whatever a field is annotated with
-    """The type of a key of the study, such as `protocol.mode` or `sites[0]`."""
-    kind: Any = Study
-    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
-        if index:
-            kind = get_args(kind)[0]
-        else:
-            fields = msgspec.structs.fields(kind) if isinstance(kind, type) and issubclass(kind, Struct) else ()
-            kind = next((field.type for field in fields if field.name == key), None)
-    return kind
-
-
-def _choices(path: str) -> list[str]:
-    """The words that a key of the study takes, or none where it takes others."""
-    kind = _type_at(path)
-    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
-        return [f'"{member.value}"' for member in kind]
-    return [f'"{word}"' for word in get_args(kind)]
-
-
-def table_at(table: Any, path: str) -> object:  # noqa: ANN401 - whatever TOML holds
-    """The value at a path such as `sites[0].name`, or None."""
-    value = table
-    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
-        try:
-            value = value[int(index)] if index else value[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value if not isinstance(value, dict | list) else None
 
 
 def _refuse(path: str, expected: str, came: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from protocols.engines.faulty import Fault
 from protocols.errors import StudyError
 from protocols.fedavg import build_model, gradient_update
 from protocols.policy import PERMISSIVE, Policy
+from secagg.errors import RemoteProtocolError
+from secagg.masking.params import SUITE
 from tests.protocols.hospitals import SITES, World, fedsgd, study
 
 
@@ -19,6 +23,7 @@ from tests.protocols.hospitals import SITES, World, fedsgd, study
         ({"aggregation": "plain"}, Policy(), r'^protocol\.aggregation: the policy of ash allows masked, .*"plain"$'),
         ({"mode": "semi-honest"}, Policy(), r'^protocol\.mode: the policy of ash asks for "active", .*"semi-honest"$'),
         ({"threshold": 3}, Policy(smallest_cohort=4), r"^protocol\.threshold: .* at least 4 sites, .* threshold is 3$"),
+        ({}, Policy(smallest_others=4), r"^sites: the policy of ash asks for at least 4 other sites .* study has 3$"),
     ],
 )
 def test_a_study_below_the_sites_conditions_is_refused(changes, policy, says):
@@ -31,12 +36,107 @@ def test_the_default_policy_is_strict_and_takes_the_default_study():
     world = World(study())
     world.site("ash", policy=Policy())
     world.site("ash", policy=None)
-    assert Policy() == Policy(smallest_cohort=3, schemes=("masked",), semi_honest=False, smallest_difference=2)
+    assert Policy() == Policy(
+        smallest_cohort=3,
+        smallest_others=2,
+        schemes=("masked",),
+        suites=(SUITE,),
+        semi_honest=False,
+        smallest_difference=2,
+        longest_session=86_400,
+    )
 
 
 @pytest.mark.parametrize("changes", [{"aggregation": "plain"}, {"mode": "semi-honest"}])
 def test_research_on_one_machine_may_do_without(changes):
     World(study(protocol=changes)).site("ash", policy=PERMISSIVE)
+
+
+def test_a_suite_that_the_site_does_not_allow_is_refused():
+    with pytest.raises(StudyError, match=f"^protocol: the policy of ash allows {SUITE}, the study has ROT13$"):
+        Policy().check_study("ash", study(), "ROT13")
+    Policy().check_study("ash", study(), SUITE)
+    PERMISSIVE.check_study("ash", study(protocol={"aggregation": "plain"}), "none")
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        ({"smallest_cohort": 0}, "smallest_cohort: expected 1 to 65536 sites, got 0"),
+        ({"smallest_cohort": 65537}, "smallest_cohort: expected 1 to 65536 sites, got 65537"),
+        ({"smallest_others": -1}, "smallest_others: expected 0 to 65536 sites, got -1"),
+        ({"smallest_difference": -1}, "smallest_difference: expected 0 to 65536 sites, got -1"),
+        ({"schemes": ()}, r"schemes: expected a list of masked or plain.*, got \[\]"),
+        ({"schemes": ("masked", "masked")}, r"schemes: expected .* each at most once"),
+        ({"schemes": ("ckks",)}, r"schemes: expected .*, got \['ckks'\]"),
+        ({"suites": ()}, r"suites: expected a list of X25519-.*, got \[\]"),
+        ({"suites": (SUITE, SUITE)}, "suites: expected .* each at most once"),
+        ({"suites": ("ROT13",)}, r"suites: expected .*, got \['ROT13'\]"),
+        *[
+            ({"longest_session": seconds}, "longest_session: expected 1 second to 30 days, in seconds, got")
+            for seconds in (0, 0.5, -1, 30 * 86_400 + 1, math.inf, math.nan)
+        ],
+    ],
+)
+def test_a_condition_that_makes_no_sense_is_refused_by_its_name(condition, says):
+    with pytest.raises(StudyError, match=rf"^policy\.{says}"):
+        Policy(**condition)
+
+
+def test_the_limits_of_the_conditions_are_conditions():
+    Policy(smallest_cohort=65536, smallest_others=0, smallest_difference=0, longest_session=1)
+    Policy(smallest_cohort=1, smallest_others=65536, smallest_difference=65536, longest_session=30 * 86_400)
+
+
+def cohort(policy, shown, me, earlier=()):
+    policy.check_cohort(map(frozenset, earlier), frozenset(shown), SITES.__getitem__, me)
+
+
+@pytest.mark.parametrize(
+    ("policy", "shown", "me", "taken"),
+    [
+        (Policy(), {0, 1, 2}, 0, True),
+        (Policy(), {0, 1}, 0, False),
+        (Policy(), set(), 0, False),
+        (Policy(smallest_others=0), {0, 1}, 0, False),
+        (Policy(smallest_others=0, smallest_cohort=2), {0, 1}, 0, True),
+        (Policy(smallest_others=3), {0, 1, 2}, 0, False),
+        (Policy(smallest_others=3), {0, 1, 2, 3}, 0, True),
+        (Policy(smallest_others=3), {1, 2, 3}, 0, True),
+        (PERMISSIVE, {0}, 0, True),
+    ],
+)
+def test_a_sum_over_too_few_is_refused_and_they_are_named(policy, shown, me, taken):
+    if taken:
+        cohort(policy, shown, me)
+        return
+    with pytest.raises(RemoteProtocolError, match=f"a sum over {len(shown)} sites") as caught:
+        cohort(policy, shown, me)
+    assert (", ".join(SITES[number] for number in sorted(shown)) or "none") in str(caught.value)
+
+
+def test_cohorts_that_differ_by_too_few_are_refused_and_the_difference_is_named():
+    policy = Policy(smallest_difference=2)
+    for shown, who in (({0, 1, 2}, "dogwood"), ({0, 1, 3}, "cedar")):
+        with pytest.raises(RemoteProtocolError, match=f"differ by {who} only"):
+            cohort(policy, shown, 0, earlier=[{0, 1, 2, 3}])
+    cohort(policy, {0, 1, 2}, 0, earlier=[{0, 1, 2}, {0, 1, 3}])
+    with pytest.raises(RemoteProtocolError, match="differ by cedar, dogwood only"):
+        cohort(Policy(smallest_difference=3), {0, 1, 2}, 0, earlier=[{0, 1, 3}])
+    cohort(Policy(smallest_difference=0), {0, 1, 2}, 0, earlier=[{0, 1, 2, 3}])
+
+
+def test_a_round_that_goes_on_for_too_long_is_refused_and_so_is_a_clock_that_was_set_back():
+    policy = Policy(longest_session=60)
+    for seconds in (-1, 0, 1.5, 60):  # a clock may be set right meanwhile, by a little
+        policy.check_age(seconds)
+    for seconds in (60.1, 86_400, -61, -1e9, math.inf, -math.inf, math.nan):
+        with pytest.raises(RemoteProtocolError, match="the policy allows 0 to 60"):
+            policy.check_age(seconds)
+    Policy().check_age(86_400)
+    with pytest.raises(RemoteProtocolError, match="86401 seconds ago"):
+        Policy().check_age(86_401)
+    PERMISSIVE.check_age(30 * 86_400)
 
 
 def world_with(policy, made):

@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocols import study as study_module
+from protocols import toml_file
 from protocols.errors import StudyError
-from protocols.study import Study, demo_study, load_study, parse_study, table_at
+from protocols.study import Study, demo_study, load_study, parse_study
+from protocols.toml_file import table_at
 from tests.protocols.hospitals import PRIVATE, SITES, fedsgd, study, table
 
 TEXT = """
@@ -430,7 +432,7 @@ def test_whatever_a_table_holds_the_outcome_is_a_study_with_a_digest_or_one_line
         elif isinstance(made.setdefault(path[0], {}), dict):
             made[path[0]][path[1]] = value
     with pytest.MonkeyPatch.context() as patch:  # stands in for the TOML reader, so that any tables can be given
-        patch.setattr(study_module.tomllib, "loads", lambda _: made)
+        patch.setattr(toml_file.tomllib, "loads", lambda _: made)
         check_outcome(lambda: parse_study(""))
 
 
