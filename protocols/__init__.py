@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from protocols.errors import DataError, OutputError, StudyError
     from protocols.fedavg import ServerOptimizer, local_update
     from protocols.policy import Policy
+    from protocols.rosters import load_roster
     from protocols.run import Run, drive, load_data, run_study
     from protocols.site import Site
+    from protocols.site_file import SiteFile, load_site
+    from protocols.state_file import StateFile
     from protocols.study import Study, load_study, parse_study
 
 __all__ = [
@@ -30,11 +33,15 @@ __all__ = [
     "ServerOptimizer",
     "Site",
     "SiteData",
+    "SiteFile",
+    "StateFile",
     "Study",
     "StudyError",
     "drive",
     "heart_disease",
     "load_data",
+    "load_roster",
+    "load_site",
     "load_study",
     "local_update",
     "parse_study",
@@ -50,8 +57,11 @@ _HOME = {
     "errors": ("DataError", "OutputError", "StudyError"),
     "fedavg": ("ServerOptimizer", "local_update"),
     "policy": ("Policy",),
+    "rosters": ("load_roster",),
     "run": ("Run", "drive", "load_data", "run_study"),
     "site": ("Site",),
+    "site_file": ("SiteFile", "load_site"),
+    "state_file": ("StateFile",),
     "study": ("Study", "load_study", "parse_study"),
 }
 

@@ -16,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from protocols.cli_keys import keys_app
+from protocols.cli_verify import verify
+
 if TYPE_CHECKING:
     from protocols.coordinator import Coordinator
     from protocols.run import Run
@@ -25,11 +28,13 @@ app = typer.Typer(
     name="secagg",
     help="Learn one model, or compute one statistic, from data that no hospital may show.",
     epilog="Exit codes: 0 done; 1 too many rounds were lost; 2 bad input; 3 the run could not be written; "
-    "4 the privacy budget stopped the study early.",
+    "4 the privacy budget stopped the study early; 5 a transcript does not hold.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys_app)
+app.command()(verify)
 
 
 class Exit(enum.IntEnum):
@@ -39,6 +44,7 @@ class Exit(enum.IntEnum):
     BAD_INPUT = 2
     NOT_WRITTEN = 3
     BUDGET = 4
+    UNPROVEN = 5
 
 
 class Aggregation(enum.StrEnum):
@@ -90,6 +96,18 @@ def run(
     out: Out = None,
     aggregation: AggregationOption = None,
     drop: Drop = None,
+    sites: Annotated[
+        Path | None,
+        typer.Option(
+            "--sites",
+            metavar="FOLDER",
+            help="Use the sites' own files, NAME.toml each: keys, roster, policy, data, state on disk.",
+        ),
+    ] = None,
+    passphrase_file: Annotated[
+        Path | None,
+        typer.Option("--passphrase-file", metavar="FILE", help="The passphrase of the sites' keys, with --sites."),
+    ] = None,
     baselines: Annotated[
         bool, typer.Option(help="Also train the local, pooled and noiseless models, to compare with.")
     ] = True,
@@ -103,8 +121,19 @@ def run(
     try:
         loaded = load_study(study)
     except SecAggError as error:
-        _fail(error, Exit.BAD_INPUT)
-    _run(loaded, study.parent, out, aggregation, drop or [], baselines=baselines, json=json, quiet=quiet)
+        fail(error, Exit.BAD_INPUT)
+    _run(
+        loaded,
+        study.parent,
+        out,
+        aggregation,
+        drop or [],
+        baselines=baselines,
+        json=json,
+        quiet=quiet,
+        sites=sites,
+        passphrase_file=passphrase_file,
+    )
 
 
 @app.command()
@@ -133,7 +162,7 @@ def doctor(
         Console().print(table)
     failed = [check.name for check in checks if not check.ok]
     if failed:
-        _fail(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}", 1)
+        fail(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}", 1)
 
 
 def main() -> None:
@@ -151,13 +180,16 @@ def _run(
     baselines: bool,
     json: bool,
     quiet: bool,
+    sites: Path | None = None,
+    passphrase_file: Path | None = None,
 ) -> None:
     from dp import DpError
     from protocols.aggregation import Unprotected
     from protocols.engines.faulty import Fault
     from protocols.errors import OutputError
     from protocols.output import as_json, check_target, write_run
-    from protocols.run import load_data, run_study
+    from protocols.rosters import read_passphrase
+    from protocols.run import load_data, load_sites, run_study
     from secagg.errors import SecAggError
 
     screen = Console(stderr=True, quiet=quiet or json)
@@ -168,7 +200,9 @@ def _run(
             protocol = msgspec.structs.replace(study.protocol, aggregation=aggregation.value)
             study = msgspec.structs.replace(study, protocol=protocol)
         check_target(folder)
-        data = load_data(study, directory)
+        site_files = load_sites(study, sites) if sites is not None else None
+        passphrase = read_passphrase(passphrase_file) if passphrase_file is not None else None
+        data = load_data(study, directory, site_files)
         faults = tuple(Fault.parse(text) for text in drop)
         _announce(screen, study)
         with _progress(screen) as progress, warnings.catch_warnings():
@@ -183,14 +217,23 @@ def _run(
                 if coordinator.finished and baselines:
                     progress.update(task, stage="training the baselines")
 
-            result = run_study(study, data, faults=faults, baselines=baselines, listener=listener)
+            result = run_study(
+                study,
+                data,
+                faults=faults,
+                baselines=baselines,
+                site_files=site_files,
+                passphrase=passphrase,
+                listener=listener,
+            )
     except OutputError as error:
-        _fail(error, Exit.NOT_WRITTEN)
+        fail(error, Exit.NOT_WRITTEN)
     except (SecAggError, DpError) as error:
-        _fail(error, Exit.BAD_INPUT)
+        fail(error, Exit.BAD_INPUT)
     failure: SecAggError | None = None
+    files: list[str] = []
     try:
-        write_run(result, folder)  # before anything is printed, which may fail as well
+        files = write_run(result, folder)  # before anything is printed, which may fail as well
     except OutputError as error:
         failure = error
     if json:
@@ -198,16 +241,17 @@ def _run(
     else:
         _report(Console(quiet=quiet), result)
     if failure is not None:
-        _fail(failure, Exit.NOT_WRITTEN)
+        fail(failure, Exit.NOT_WRITTEN)
     if quiet:
         sys.stdout.write(f"{folder}\n")
     elif not json:
-        Console().print(Text(f"Written to {folder}: model.safetensors, run.json", style="dim"), soft_wrap=True)
+        Console().print(Text(f"Written to {folder}: {', '.join(files)}", style="dim"), soft_wrap=True)
     if result.stopped is not None:
-        _fail(f"the study ended early: {result.stopped}", Exit.BUDGET if "budget" in result.stopped else Exit.LOST)
+        fail(f"the study ended early: {result.stopped}", Exit.BUDGET if "budget" in result.stopped else Exit.LOST)
 
 
-def _fail(error: object, code: int) -> NoReturn:
+def fail(error: object, code: int) -> NoReturn:
+    """End the command with a line on standard error and an exit code."""
     _say("Error", error)
     raise typer.Exit(code)
 
@@ -255,7 +299,7 @@ def _report(screen: Console, result: Run) -> None:
             stage, f"{total['seconds']:.2f}", f"{total['bytes_up'] / 1000:.1f}", f"{total['bytes_down'] / 1000:.1f}"
         )
     screen.print(stages)
-    check = ", the budget's check at AdvertiseKeys included" if result.study.private else ""
+    check = ", the budget's checks included" if result.study.private else ""
     cost = f"{result.seconds:.1f} s in all, {result.cpu_seconds:.1f} CPU-s for all sites and the server{check}.\n"
     screen.print(cost, highlight=False)
     for record in result.rounds:

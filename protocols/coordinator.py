@@ -9,26 +9,43 @@ The coordinator is driven from outside and knows neither sockets nor clocks:
 
 A site that does not answer, refuses, or sends something wrong is out of the round. A round that loses too many sites
 leaves the model as it was.
+
+The keys of the next sum are agreed while a sum is under way, in the same messages. All sites are asked for keys, those
+too that are out of the running sum: so a site that was away takes part again. Only the first sum, and one whose keys
+too few have agreed on, begins with the stages of the key agreement by themselves.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Literal
 
 import torch
 from msgspec import Struct
 
-from protocols.aggregation import Sum, SumServer, Unprotected
+from protocols.aggregation import KeyServer, Staged, Sum, SumServer, Unprotected
 from protocols.fedavg import ServerOptimizer, flatten, model_bytes, model_digest
-from protocols.messages import Purpose, Refusal, Reply, Request, Work
+from protocols.messages import (
+    Answer,
+    FinishRequest,
+    KeysRequest,
+    Part,
+    Purpose,
+    Refusal,
+    Reply,
+    Request,
+    SumRequest,
+    Work,
+)
 from protocols.sessions import Sums
 from protocols.study import Study
-from secagg.errors import RemoteProtocolError, SecAggError
+from secagg.errors import DecodeError, RemoteProtocolError, SecAggError
 from secagg.keys import Roster
-from secagg.wire import decode_any, encode
+from secagg.masking.transcript import NO_RECORD, Closing, Record, verify_head
+from secagg.wire import decode, encode
 
 # Enough to see what goes on; whoever floods the server must not fill its memory.
 _MOST_FAULTS = 100
@@ -41,8 +58,8 @@ class StageRecord(Struct, frozen=True):
         stage: Its name.
         asked: How many sites were asked.
         answered: How many answers were taken.
-        bytes_down: Sent to all sites together.
-        bytes_up: Received from all sites together.
+        bytes_down: Sent to all sites together, what is for the next round's keys included.
+        bytes_up: Received from all sites together, likewise.
         seconds: Wall time, as measured by whoever drives the coordinator.
     """
 
@@ -58,8 +75,8 @@ class RoundRecord(Struct):
     """One sum of the study.
 
     Attributes:
-        number: Counted over the whole study, from 0.
-        purpose: What was summed.
+        number: Of the sum. Numbers ascend; one whose keys too few have agreed on ahead is passed over.
+        purpose: What was summed, or "finish".
         outcome: "running", "opened" or "failed".
         contributors: Sites in the sum.
         dropped: Sites that are not in it or left before its end, and why.
@@ -69,13 +86,32 @@ class RoundRecord(Struct):
     """
 
     number: int
-    purpose: Purpose
+    purpose: Purpose | Literal["finish"]
     outcome: Literal["running", "opened", "failed"] = "running"
     contributors: tuple[str, ...] = ()
     dropped: dict[str, str] = {}
     faults: list[str] = []
     weight: int = 0
     stages: list[StageRecord] = []
+
+
+class _Outgoing(Mapping[str, bytes]):
+    """One stage's requests, encoded when they are looked up; `sent` has the bytes of those that were."""
+
+    def __init__(self, messages: dict[str, Request]) -> None:
+        self.messages = messages
+        self.sent: dict[str, int] = {}
+
+    def __getitem__(self, site: str) -> bytes:
+        encoded = encode(self.messages[site])
+        self.sent[site] = len(encoded)
+        return encoded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.messages)
+
+    def __len__(self) -> int:
+        return len(self.messages)
 
 
 class Coordinator:
@@ -90,6 +126,7 @@ class Coordinator:
     Attributes:
         model: The current global model.
         rounds: What has happened so far.
+        transcript: Records of the opened sums, and at the end the sites' signatures; empty where nothing is signed.
         stopped: Why the study ended before its last round, or None.
 
     Raises:
@@ -102,6 +139,7 @@ class Coordinator:
     def __init__(self, study: Study, roster: Roster, model: torch.nn.Module, features: int) -> None:
         self.model = model
         self.rounds: list[RoundRecord] = []
+        self.transcript: list[Record | Closing] = []
         self.stopped: str | None = None
         self._study = study
         self._sums = Sums(study, roster, features, flatten(model).size)
@@ -111,12 +149,18 @@ class Coordinator:
             warnings.warn(text, Unprotected, stacklevel=2)
         self._purposes: list[Purpose] = ["standardize"] if study.task.standardize == "global" else []
         self._purposes += ["train"] * study.rounds
-        self._purposes.append("finish")
+        self._finished = False
         self._mean: tuple[float, ...] = ()
         self._std: tuple[float, ...] = ()
         self._failed = 0
+        self._number = -1  # of the keys that were asked for last
+        self._head = NO_RECORD
         self._sum: SumServer | None = None
-        self._requests: dict[str, bytes] = {}
+        self._keys: KeyServer | None = None
+        self._without_keys: dict[str, str] = {}  # who is out of the key agreement under way, and why
+        self._signatures: dict[int, bytes] = {}
+        self._open = _Outgoing({})
+        self._heard: set[str] = set()
         self._answered: set[str] = set()
         self._bytes_up = 0
         self._begin()
@@ -124,70 +168,119 @@ class Coordinator:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to ask."""
-        return not self._purposes
+        return self._finished
 
     @property
-    def purpose(self) -> Purpose | None:
-        """Of the sum that is under way, or None at the end."""
-        return self._purposes[0] if self._purposes else None
+    def purpose(self) -> Purpose | Literal["finish"] | None:
+        """Of the sum that is under way or next, or None at the end."""
+        return None if self._finished else self.rounds[-1].purpose
 
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of all stages that sites are asked in."""
-        return (*self._sums.scheme.stages, "Finish")
+        return (*self._sums.scheme.setup, *self._sums.scheme.stages, "Finish")
 
     @property
     def stage(self) -> str:
-        """Name of the stage that is under way."""
-        return self._sum.stage if self._sum is not None else "Finish"
-
-    def requests(self) -> dict[str, bytes]:
-        """What to send to which site in this stage; empty when the study is done."""
-        if self.finished:
-            return {}
-        if self._requests:
-            return dict(self._requests)  # asked again within the stage: the same, and what has come is kept
-        roster, work = self._sums.roster, None
-        bodies = dict.fromkeys(range(len(roster)), b"")
+        """Name of the stage that is under way: the sum's, or the key agreement's where that is by itself."""
         if self._sum is not None:
-            bodies = self._sum.requests()
-        if self._sum is None or self.stage == self._sums.scheme.contributes_at:
-            work = self._work
-        requests = {
-            roster.name(u): encode(
-                Request(self._number, self._purposes[0], self.stage, model_digest(self._work), body, work)
-            )
-            for u, body in bodies.items()
-        }
-        self._requests = requests
-        self._answered, self._bytes_up = set(), 0
-        return dict(requests)
+            return self._sum.stage
+        return self._keys.stage if self._keys is not None else "Finish"
+
+    def requests(self) -> Mapping[str, bytes]:
+        """What to send to which site in this stage; empty when the study is done.
+
+        Each is encoded when it is looked up, so that the model is not in memory once for each site.
+        """
+        if not self._finished and not self._open:  # asked again within the stage: the same, and what has come is kept
+            self._open = _Outgoing(self._ask())
+            self._heard, self._answered, self._bytes_up = set(), set(), 0
+        return self._open
+
+    def _ask(self) -> dict[str, Request]:
+        name = self._sums.roster.name
+        if self._sum is None and self._keys is None:
+            finish = Request(finish=FinishRequest(self._work, self._head))
+            return {name(u): finish for u in range(len(self._sums.roster))}
+        on_sum: dict[int, SumRequest] = {}
+        on_keys: dict[int, KeysRequest] = {}
+        if self._sum is not None:
+            record, stage = self.rounds[-1], self._sum.stage
+            work = self._work if stage == self._sums.scheme.stages[0] else None
+            digest, purpose = model_digest(self._work), self._purposes[0]
+            on_sum = {
+                u: SumRequest(record.number, purpose, stage, digest, self._head, body, work)
+                for u, body in self._sum.requests().items()
+            }
+        if (keys := self._keys_now()) is not None:
+            on_keys = {u: KeysRequest(self._number, keys.stage, body) for u, body in keys.requests().items()}
+        return {name(u): Request(on_sum.get(u), on_keys.get(u)) for u in sorted(on_sum.keys() | on_keys.keys())}
+
+    def _keys_now(self) -> KeyServer | None:
+        """The key agreement, if a stage of it is part of the stage that is under way."""
+        by_itself = self._sum is None
+        ahead = self._sums.scheme.ahead.get(self.stage)
+        return self._keys if self._keys is not None and (by_itself or ahead == self._keys.stage) else None
 
     def receive(self, site: str, reply: bytes) -> None:
         """Take a site's answer to this stage's request. What is wrong with it is recorded, and the site is out.
 
         Args:
             site: Who sent it, by the transport's word.
-            reply: An encoded `Answer` or `Refusal`.
+            reply: An encoded `Reply`.
         """
-        record = self.rounds[-1]
-        if site not in self._requests or site in self._answered or site in record.dropped:
-            if len(record.faults) < _MOST_FAULTS:
-                record.faults.append(f"{site}: answered unasked, late or twice; ignored")
+        request = self._open.messages.get(site)
+        if request is None or site in self._heard:
+            self._fault(f"{site}: answered unasked, late or twice; ignored")
             return
+        self._heard.add(site)
         self._bytes_up += len(reply)
         try:
-            message: Reply = decode_any(reply, Reply)  # type: ignore[assignment]
-            if isinstance(message, Refusal):
-                record.dropped[site] = f"refused ({message.reason}) at {self.stage}"
-                return
-            if self._sum is not None:
-                self._sum.receive(self._sums.roster.number(site), message.body)
-        except SecAggError as error:
-            record.dropped[site] = f"sent a wrong message at {self.stage}"
-            record.faults.append(f"{site}: {error}")
+            message = decode(reply, Reply)
+        except DecodeError as error:
+            message = Reply()
+            self._fault(f"{site}: {error}")
+        if request.sum is not None:
+            self._take(site, self._sum, message.sum, self.rounds[-1].dropped)
+        if request.keys is not None:
+            self._take(site, self._keys, message.keys, self._without_keys)
+        if request.finish is not None:
+            self._take_signature(site, message.finish)
+
+    def _take(self, site: str, stage: Staged | None, part: Part | None, out: dict[str, str]) -> None:
+        """Hand a part of a reply to the sum or the key agreement it belongs to; who fails there is out of it."""
+        if stage is None:
             return
+        if isinstance(part, Refusal):
+            out.setdefault(site, f"refused ({part.reason}) at {stage.stage}")
+            return
+        try:
+            if part is None:
+                raise RemoteProtocolError(f"{site} sent nothing for stage {stage.stage}", [site])
+            stage.receive(self._sums.roster.number(site), part.body)
+            self._answered.add(site)
+        except SecAggError as error:
+            out.setdefault(site, f"sent a wrong message at {stage.stage}")
+            self._fault(f"{site}: {error}")
+
+    def _take_signature(self, site: str, part: Part | None) -> None:
+        record, number = self.rounds[-1], self._sums.roster.number(site)
+        if not isinstance(part, Answer):
+            record.dropped[site] = f"refused ({part.reason}) at Finish" if part else "sent a wrong message at Finish"
+            return
+        signature, public = bytes(part.body), self._sums.roster.members[number].identity
+        if self._sums.signed:
+            if not verify_head(public, signature, self._study.digest, self._head):
+                record.dropped[site] = "sent a wrong message at Finish"
+                self._fault(f"{site}: did not sign the end of the transcript")
+                return
+            self._signatures[number] = signature
         self._answered.add(site)
+
+    def _fault(self, text: str) -> None:
+        faults = self.rounds[-1].faults
+        if len(faults) < _MOST_FAULTS:
+            faults.append(text)
 
     def close_stage(self, seconds: float = 0.0) -> None:
         """End the stage: whoever has not answered has dropped out.
@@ -195,37 +288,72 @@ class Coordinator:
         Args:
             seconds: How long the stage took, for the record.
         """
-        record = self.rounds[-1]
+        if self._finished:
+            return
+        record, keys = self.rounds[-1], self._keys_now()
+        asked, silent = self._open.messages, self._open.keys() - self._heard
         record.stages.append(
             StageRecord(
                 stage=self.stage,
-                asked=len(self._requests),
+                asked=len(self._open),
                 answered=len(self._answered),
-                bytes_down=sum(map(len, self._requests.values())),
+                bytes_down=sum(self._open.sent.values()),
                 bytes_up=self._bytes_up,
                 seconds=seconds,
             )
         )
-        for site in self._requests:
-            if site not in self._answered:
+        for site in sorted(silent):
+            if keys is not None and asked[site].keys is not None:
+                self._without_keys.setdefault(site, f"no answer at {keys.stage}")
+            if asked[site].keys is None or asked[site].sum is not None:
                 record.dropped.setdefault(site, f"no answer at {self.stage}")
-        self._requests = {}
-        if self._sum is None:
-            record.outcome = "opened"
-            self._purposes.clear()
+        self._open = _Outgoing({})
+        if self._sum is None and self._keys is None:
+            self._end(record)
             return
+        lost = self._close_keys(keys)
+        if self._sum is not None:
+            self._close_sum(record, self._sum)
+        elif lost is not None:
+            record.dropped.update(self._without_keys)
+            self._fail(record, lost)
+        else:
+            self._begin()
+
+    def _close_keys(self, keys: KeyServer | None) -> SecAggError | None:
+        """End a stage of the key agreement; if too few are left, the next sum must agree on keys by itself."""
+        if keys is None:
+            return None
         try:
-            self._sum.close()
-            result = self._sum.result
+            keys.close()
+        except SecAggError as error:
+            self._keys = None
+            return error
+        return None
+
+    def _close_sum(self, record: RoundRecord, running: SumServer) -> None:
+        try:
+            running.close()
+            result = running.result
             if result is not None:
+                if result.record is not None:  # of every opened sum, whether it is of any use or not
+                    self.transcript.append(result.record)
+                    self._head = result.record.digest
                 self._apply(record, result)
         except SecAggError as error:
             self._fail(record, error)
-        else:
-            if result is not None:
-                self._purposes.pop(0)
-                self._failed = 0
-                self._begin()
+            return
+        if result is not None:
+            self._purposes.pop(0)
+            self._failed = 0
+            self._sum = None
+            self._next()
+
+    def _end(self, record: RoundRecord) -> None:
+        record.outcome = "opened"
+        self._finished = True
+        if self.transcript:
+            self.transcript.append(Closing(self._study.digest, self._head, dict(sorted(self._signatures.items()))))
 
     def _apply(self, record: RoundRecord, result: Sum) -> None:
         """Put an opened sum to its use; the model moves only after every check."""
@@ -255,26 +383,51 @@ class Coordinator:
 
     def _fail(self, record: RoundRecord, error: SecAggError) -> None:
         record.outcome = "failed"
-        record.faults.append(str(error))
+        self._fault(str(error))
         self._failed += 1
+        self._sum = None
         broke = [site for site, why in record.dropped.items() if why.startswith("refused (budget)")]
         if broke:
             self.stopped = f"the privacy budget of {', '.join(broke)} is spent: {error}"
         elif self._failed >= self._study.protocol.max_failed_rounds:
             self.stopped = f"{self._failed} rounds in a row were lost, the last with: {error}"
         if self.stopped is not None:
-            self._purposes[:-1] = []
+            self._purposes.clear()
         elif record.purpose == "train":
             self._purposes.pop(0)
+        self._next()
+
+    def _next(self) -> None:
+        """Go on to the next sum in line, or to the finish."""
+        if not self._purposes:
+            self._keys = None
         self._begin()
 
     def _begin(self) -> None:
-        """Start on the next purpose in line."""
-        purpose = self._purposes[0]
-        self._number = len(self.rounds)
+        """Begin the next sum if its keys are agreed, else what it takes to agree on them."""
         self._work = encode(Work(model_bytes(self.model), self._mean, self._std))
-        self.rounds.append(RoundRecord(self._number, purpose))
-        self._sum = None
-        if purpose != "finish":
-            session = self._sums.session(self._number, purpose, model_digest(self._work))
-            self._sum = self._sums.scheme.server(session)
+        if not self._purposes:
+            self.rounds.append(RoundRecord(self._number + 1, "finish"))
+            return
+        if self._keys is None:
+            self._agree_ahead()
+        if not self.rounds or self.rounds[-1].outcome != "running":
+            self.rounds.append(RoundRecord(self._number, self._purposes[0]))
+        keys = self._keys
+        if keys is None or keys.members is None:
+            return
+        record, name = self.rounds[-1], self._sums.roster.name
+        record.dropped.update({name(u): self._without_keys.get(name(u), "no keys") for u in self._away(keys.members)})
+        self._sum = keys.begin(self._sums.subject(self._purposes[0], model_digest(self._work), self._head))
+        self._keys = None
+        if len(self._purposes) > 1:
+            self._agree_ahead()
+
+    def _away(self, members: frozenset[int]) -> list[int]:
+        return [u for u in range(len(self._sums.roster)) if u not in members]
+
+    def _agree_ahead(self) -> None:
+        """Start to agree on keys under the next number."""
+        self._number += 1
+        self._without_keys = {}
+        self._keys = self._sums.scheme.keys(self._sums.session(self._number))

@@ -8,15 +8,16 @@ from msgspec import Meta
 
 from secagg.wire import Digest, Message
 
-Purpose = Literal["standardize", "train", "finish"]
+Purpose = Literal["standardize", "train"]
 Reason = Literal["budget", "data", "policy", "protocol"]
-
+Stage = Annotated[str, Meta(max_length=32)]
+Counter = Annotated[int, Meta(ge=0, lt=1 << 62)]
 
 Moments = Annotated[tuple[float, ...], Meta(max_length=1 << 16)]
 
 
 class Work(Message, frozen=True):
-    """What a site needs to compute its contribution; its digest is in the round's session id.
+    """What a site needs to compute its contribution; its digest is in the masks and signatures of the sum.
 
     Attributes:
         model: safetensors bytes of the model's state; empty before the first round of training.
@@ -29,34 +30,65 @@ class Work(Message, frozen=True):
     std: Moments = ()
 
 
-class Request(Message, frozen=True):
-    """Coordinator to site.
+class KeysRequest(Message, frozen=True):
+    """Agree on keys for a sum to come.
 
     Attributes:
-        round: Number of the sum, counted over the whole study; each only once.
-        purpose: What is summed.
-        stage: Stage of the secure sum, or "Finish".
-        work_digest: SHA-256 of the encoded `Work`.
+        round: Number of that sum, counted over the whole study; each only once.
+        stage: Stage of the key agreement.
         body: Message of the secure sum.
-        work: The encoded `Work`, at the stage at which the site contributes and at the finish.
     """
 
-    round: Annotated[int, Meta(ge=0)]
+    round: Counter
+    stage: Stage
+    body: bytes
+
+
+class SumRequest(Message, frozen=True):
+    """Take part in a sum.
+
+    Attributes:
+        round: Its number.
+        purpose: What is summed.
+        stage: Stage of the sum.
+        work_digest: SHA-256 of the encoded `Work`.
+        previous: Digest of the record of the sum before, zeros where there is none.
+        body: Message of the secure sum.
+        work: The encoded `Work`, at the stage at which the site contributes.
+    """
+
+    round: Counter
     purpose: Purpose
-    stage: Annotated[str, Meta(max_length=32)]
+    stage: Stage
     work_digest: Digest
+    previous: Digest
     body: bytes
     work: bytes | None = None
 
 
-class Answer(Message, frozen=True, tag=True):
-    """Site to coordinator: its message of the secure sum, empty at the finish."""
+class FinishRequest(Message, frozen=True):
+    """The study is over: the encoded last `Work`, and the digest of the record of its last sum."""
 
-    body: bytes
+    work: bytes
+    head: Digest
+
+
+class Request(Message, frozen=True):
+    """Coordinator to site: what there is to do in this stage. The keys of the next sum travel with the sum before."""
+
+    sum: SumRequest | None = None
+    keys: KeysRequest | None = None
+    finish: FinishRequest | None = None
+
+
+class Answer(Message, frozen=True, tag=True):
+    """A site's message of the secure sum; at the finish its signature over the transcript's head, if there is one."""
+
+    body: memoryview
 
 
 class Refusal(Message, frozen=True, tag=True):
-    """Site to coordinator: it does not take part, and why in one word.
+    """The site does not take part, and why in one word.
 
     The word says no more than the server would see anyway; the whole message stays in the site's own log.
     """
@@ -64,4 +96,12 @@ class Refusal(Message, frozen=True, tag=True):
     reason: Reason
 
 
-Reply = Answer | Refusal
+Part = Answer | Refusal
+
+
+class Reply(Message, frozen=True):
+    """Site to coordinator: a part for each part of the request."""
+
+    sum: Part | None = None
+    keys: Part | None = None
+    finish: Part | None = None

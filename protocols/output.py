@@ -15,6 +15,7 @@ import msgspec
 
 from protocols.errors import OutputError
 from protocols.fedavg import model_bytes
+from protocols.rosters import roster_text
 from protocols.run import Run
 from secagg.keys import fingerprint
 
@@ -131,8 +132,11 @@ def check_target(folder: Path) -> None:
         raise OutputError(f"{folder}: nothing can be written there: {error.strerror or error}") from error
 
 
-def write_run(run: Run, folder: Path) -> None:
+def write_run(run: Run, folder: Path) -> list[str]:
     """Write a run's folder in one move, so that a folder of that name is always whole.
+
+    Returns:
+        The names of the files in it.
 
     Raises:
         OutputError: It could not be written, for example because the disk is full. The run is then kept under the
@@ -141,7 +145,10 @@ def write_run(run: Run, folder: Path) -> None:
     files = {
         "model.safetensors": model_bytes(run.model),
         "run.json": msgspec.json.format(msgspec.json.encode(as_json(run)), indent=2) + b"\n",
+        "roster.toml": roster_text(run.roster).encode(),
     }
+    if run.transcript:
+        files["transcript.bin"] = run.transcript
     try:
         _write_whole(files, folder)
     except OSError as error:
@@ -155,6 +162,7 @@ def write_run(run: Run, folder: Path) -> None:
                 "the run is lost: free some space and run again"
             ) from error
         raise OutputError(f"{what}; the run is kept in {spare} instead: move it where you want it") from error
+    return list(files)
 
 
 def _write_whole(files: dict[str, bytes], folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -27,9 +27,11 @@ from protocols.fedavg import build_model, evaluate, flatten, local_update, train
 from protocols.metrics import Metrics
 from protocols.policy import PERMISSIVE, Policy
 from protocols.site import Site
+from protocols.site_file import SiteFile, load_site
 from protocols.study import Privacy, Study, Training
 from secagg.errors import SecAggError
 from secagg.keys import Identity, Roster
+from secagg.masking.transcript import write
 from secagg.prg import Entropy
 
 # Below this many parameters, threads wait for each other longer than they work.
@@ -71,6 +73,7 @@ class Run(Struct, frozen=True):
         model: The last global model.
         features: Names of its inputs.
         rounds: What happened in each sum.
+        transcript: What the sites signed, for `secagg verify`; empty where nothing is signed.
         per_round: For each round of training, each site's metrics of the model that the round started from.
         sites: By name.
         stopped: Why the study ended early, or None.
@@ -83,6 +86,7 @@ class Run(Struct, frozen=True):
     model: torch.nn.Module
     features: tuple[str, ...]
     rounds: list[RoundRecord]
+    transcript: bytes
     per_round: dict[int, dict[str, Metrics]]
     sites: dict[str, SiteResult]
     stopped: str | None
@@ -90,12 +94,32 @@ class Run(Struct, frozen=True):
     cpu_seconds: float
 
 
-def load_data(study: Study, directory: Path = Path()) -> dict[str, SiteData]:
+def load_sites(study: Study, folder: Path) -> dict[str, SiteFile]:
+    """The sites' own files, `NAME.toml` in a folder: for a trial of a deployment on one machine.
+
+    Raises:
+        SiteFileError, KeyFileError: A file is missing or wrong.
+        StudyError: The sites do not all have the same roster.
+    """
+    files = {name: load_site(folder / f"{name}.toml") for name in study.site_names}
+    for name, file in files.items():
+        if file.name != name:
+            raise StudyError(f"{folder / name}.toml: expected the file of site {name}, got that of {file.name}")
+    first = study.site_names[0]
+    if differing := [name for name, file in files.items() if file.roster != files[first].roster]:
+        raise StudyError(f"sites: {', '.join(differing)} have another roster than {first}")
+    return files
+
+
+def load_data(
+    study: Study, directory: Path = Path(), site_files: Mapping[str, SiteFile] | None = None
+) -> dict[str, SiteData]:
     """Every site's rows, raw.
 
     Args:
         study: Says which data.
         directory: Where relative paths of sites' files start: the folder of the study file.
+        site_files: The sites' own files; a path of rows there comes before the study's.
 
     Raises:
         DataError: Rows that cannot be used, by site, file, column and line.
@@ -107,10 +131,11 @@ def load_data(study: Study, directory: Path = Path()) -> dict[str, SiteData]:
         return {name: every[name] for name in study.site_names}
     data = {}
     for i, entry in enumerate(study.sites):
-        if entry.data is None:
+        own = site_files[entry.name].data if site_files is not None else None
+        if own is None and entry.data is None:
             raise StudyError(f"sites[{i}].data: expected the path of {entry.name}'s file, got none")
         data[entry.name] = read_csv(
-            directory / entry.data,
+            own or directory / (entry.data or ""),
             site=entry.name,
             features=task.features,
             target=task.target or "",
@@ -127,6 +152,8 @@ def run_study(
     faults: tuple[Fault, ...] = (),
     baselines: bool = False,
     policy: Policy = PERMISSIVE,
+    site_files: Mapping[str, SiteFile] | None = None,
+    passphrase: str | None = None,
     entropy: Entropy = os.urandom,
     listener: Listener | None = None,
 ) -> Run:
@@ -137,30 +164,49 @@ def run_study(
         data: Each site's raw rows, as from `load_data`.
         faults: Messages to lose on purpose.
         baselines: Whether to train the local, the pooled and the noiseless federated model as well.
-        policy: Of every site.
+        policy: Of every site that has no file of its own.
+        site_files: The sites' own files: their keys, roster and policies are used, and their states kept on disk.
+        passphrase: Of the sites' keys, where they are encrypted.
         entropy: Source of all keys, masks, rounding and privacy noise.
         listener: Called after every stage, for progress.
 
     Raises:
         StudyError, DataError: Before anything is trained.
+        StateError, KeyFileError: A site's file cannot be used. A state that cannot be saved ends the run at once.
     """
     if missing := [name for name in study.site_names if name not in data]:
         raise DataError(f"no rows were given for {', '.join(missing)}")
     features = {data[name].features for name in study.site_names}
     if len(features) != 1:
         raise DataError(f"the sites' columns differ: {sorted(features)}")
-    identities = {name: Identity.generate(entropy) for name in study.site_names}
+    files = site_files or {}
+    identities = {
+        name: files[name].load_identity(passphrase) if name in files else Identity.generate(entropy)
+        for name in study.site_names
+    }
     roster = Roster.of({name: identity.public for name, identity in identities.items()})
     (columns,) = features
     model = build_model(study, len(columns))
-    with _threads_for(model):
+    with _threads_for(model), ExitStack() as opened:
         sites = [
-            Site(study, name, identities[name], roster, data[name], policy=policy, entropy=entropy)
+            Site(
+                study,
+                name,
+                identities[name],
+                files[name].roster if name in files else roster,
+                data[name],
+                policy=files[name].policy if name in files else policy,
+                entropy=entropy,
+            )
             for name in study.site_names
         ]
+        stores = {name: opened.enter_context(file.state_file()) for name, file in files.items()}
+        for site in sites:
+            if site.name in stores:
+                site.refuse_used(stores[site.name].load())
         coordinator = Coordinator(study, roster, model, len(columns))
         _check_faults(study, coordinator.stages, faults)
-        in_process = InProcess(sites)
+        in_process = InProcess(sites, stores)
         wall, cpu = time.perf_counter(), time.process_time()
         drive(coordinator, Faulty(in_process, faults) if faults else in_process, listener)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -187,6 +233,7 @@ def run_study(
         model=coordinator.model,
         features=columns,
         rounds=coordinator.rounds,
+        transcript=write(coordinator.transcript),
         per_round=per_round,
         sites=results,
         stopped=coordinator.stopped,

@@ -23,17 +23,18 @@ from protocols.coordinator import Coordinator
 from protocols.doctor import Check
 from protocols.engines.in_process import InProcess
 from protocols.fedavg import build_model
-from protocols.messages import Answer, Reply, Request
+from protocols.memory import Memory
+from protocols.messages import Answer, Part, Reply, Request, SumRequest
 from protocols.policy import PERMISSIVE
 from protocols.run import drive, load_data
-from protocols.site import Memory, Site
+from protocols.site import Site
 from protocols.study import Study, demo_study
 from secagg.errors import DecodeError
-from secagg.keys import Identity, Roster
+from secagg.keys import SIGNATURE_BYTES, Identity, Roster
 from secagg.masking import messages
 from secagg.prg import Entropy
 from secagg.ring import Ring, RingVector
-from secagg.wire import Message, decode, decode_any
+from secagg.wire import Message, decode
 
 FALSE_ALARM = 1e-6
 """Chance that a check fails on masks that are perfect."""
@@ -70,12 +71,12 @@ class View(Struct, frozen=True):
     Attributes:
         ring: Of the sums.
         vectors: All masked vectors.
-        replies: (stage, reply) of every message.
+        replies: (stage, part) of everything in every message.
     """
 
     ring: Ring
     vectors: list[Seen]
-    replies: list[tuple[str, bytes]]
+    replies: list[tuple[str, Part | None]]
 
 
 def viewing_study() -> Study:
@@ -122,7 +123,7 @@ class _Witness(Site):
 
     vector: RingVector | None = None
 
-    def _contribute(self, message: Request, memory: Memory, entropy: Entropy) -> tuple[RingVector, int]:
+    def _contribute(self, message: SumRequest, memory: Memory, entropy: Entropy) -> tuple[RingVector, int]:
         vector, steps = super()._contribute(message, memory, entropy)
         self.vector = vector.copy()
         return vector, steps
@@ -135,29 +136,31 @@ class _Recording:
         self._engine, self._witnesses = InProcess(sites), {site.name: site for site in sites}
         self.ring = ring
         self.vectors: list[Seen] = []
-        self.replies: list[tuple[str, bytes]] = []
+        self.replies: list[tuple[str, Part | None]] = []
 
     def exchange(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
-        for name, reply in self._engine.exchange(requests):
-            request = decode(requests[name], Request)
-            self.replies.append((request.stage, reply))
+        for name, encoded in self._engine.exchange(requests):
+            request, reply = decode(requests[name], Request), decode(encoded, Reply)
+            asked = [
+                (part.stage, told) for part, told in ((request.sum, reply.sum), (request.keys, reply.keys)) if part
+            ]
+            self.replies += asked if request.finish is None else [("Finish", reply.finish)]
             truth = self._witnesses[name].vector
-            if request.work is not None and request.purpose == "train" and truth is not None:
-                answer = decode_any(reply, Reply)
-                if isinstance(answer, Answer):
-                    packed = decode(answer.body, messages.MaskedInput).packed
-                    self.vectors.append(Seen(name, request.round, self.ring.unpack(packed, truth.size), truth))
-            yield name, reply
+            training = request.sum is not None and request.sum.work is not None and request.sum.purpose == "train"
+            if request.sum is not None and training and truth is not None and isinstance(reply.sum, Answer):
+                packed = decode(reply.sum.body, messages.MaskedInput).packed
+                self.vectors.append(Seen(name, request.sum.round, self.ring.unpack(packed, truth.size), truth))
+            yield name, encoded
 
 
 def _only_messages(view: View) -> Check:
     name = "server view: nothing but the protocol's messages"
     for stage, reply in view.replies:
-        if stage == "Finish" and decode_any(reply, Reply) == Answer(b""):
+        body = reply.body if isinstance(reply, Answer) else b""
+        if stage == "Finish" and len(body) in (0, SIGNATURE_BYTES):
             continue
         try:
-            answer = decode_any(reply, Reply)
-            decode(answer.body if isinstance(answer, Answer) else b"", _MESSAGES[stage])
+            decode(body, _MESSAGES[stage])
         except (DecodeError, KeyError) as error:
             return Check(name, False, f"a reply at {stage} is none of the masked protocol's messages: {error!r}")
     return Check(

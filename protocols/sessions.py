@@ -9,7 +9,7 @@ from protocols.study import Study
 from secagg.errors import LocalProtocolError
 from secagg.fixed_point import ExactSum, FixedPoint
 from secagg.keys import Roster
-from secagg.masking.params import Params, Session
+from secagg.masking.params import Params, Session, Subject
 
 
 class Sums:
@@ -47,6 +47,11 @@ class Sums:
         self._study, self._features, self._entries = study, features, entries
 
     @property
+    def signed(self) -> bool:
+        """Whether participants sign what they sum, so that there is a transcript."""
+        return self._study.protocol.aggregation == "masked" and self._params.active
+
+    @property
     def fixed_point(self) -> FixedPoint:
         """How updates become ring elements, in a sum for training."""
         return self._study.fixed_point
@@ -56,18 +61,14 @@ class Sums:
         """How rows, features and their squares become ring elements, in the sum for standardising."""
         return ExactSum(len(self.roster))
 
-    def session(self, number: int, purpose: Purpose, work_digest: bytes) -> Session:
-        """The session of one sum."""
+    def session(self, number: int) -> Session:
+        """What the keys of one sum are agreed for."""
+        return Session(self._params, self._study.digest, number)
+
+    def subject(self, purpose: Purpose, work_digest: bytes, previous: bytes) -> Subject:
+        """What one sum is of."""
         if purpose == "standardize":
             dimension, ring = self.exact.dimension(1 + 2 * self._features), self.exact.ring
         else:
             dimension, ring = 1 + self._entries, self.fixed_point.ring
-        return Session(
-            params=self._params,
-            context=self._study.digest,
-            purpose=purpose,
-            round=number,
-            model_digest=work_digest,
-            dimension=dimension,
-            ring_bits=ring.bits,
-        )
+        return Subject(purpose, work_digest, previous, dimension, ring.bits)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import time
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -21,7 +23,6 @@ from dp import (
     Budget,
     BudgetExceeded,
     DpError,
-    PoissonSampledGaussian,
     Spent,
     calibrate_noise_multiplier,
     coalesce,
@@ -29,7 +30,7 @@ from dp import (
 )
 from dp.sgd import DpSgdPlan
 from protocols.datasets import SiteData, heart_reference, require_both_classes
-from protocols.errors import DataError
+from protocols.errors import DataError, PolicyRefusal, StudyError
 from protocols.fedavg import (
     build_model,
     evaluate,
@@ -41,16 +42,30 @@ from protocols.fedavg import (
     private_update,
     training_device,
 )
-from protocols.messages import Answer, Purpose, Reason, Refusal, Request, Work
+from protocols.memory import Memory, remember
+from protocols.messages import (
+    Answer,
+    FinishRequest,
+    KeysRequest,
+    Part,
+    Purpose,
+    Reason,
+    Refusal,
+    Reply,
+    Request,
+    SumRequest,
+    Work,
+)
 from protocols.metrics import Metrics
 from protocols.policy import Policy
 from protocols.sessions import Sums
 from protocols.study import Study
 from secagg.errors import DecodeError, LocalProtocolError, RemoteProtocolError, SecAggError
 from secagg.keys import Identity, Roster
+from secagg.masking.transcript import sign_head
 from secagg.prg import Entropy, Label, Stream, derive
 from secagg.ring import RingVector
-from secagg.wire import SecretState, decode, encode
+from secagg.wire import decode, encode
 
 
 class Evaluation(Struct, frozen=True):
@@ -58,40 +73,6 @@ class Evaluation(Struct, frozen=True):
 
     round: int | None
     metrics: Metrics
-
-
-class Memory(SecretState, frozen=True):
-    """What a site remembers between two messages.
-
-    Attributes:
-        round: The last round that it began; none yet is -1.
-        purpose: Of that round.
-        work_digest: Of that round.
-        stages_done: Stages of that round that it has answered; 0 once the round is over for it.
-        sum_state: State of the secure sum.
-        round_seed: Secret from which the randomness of the next stage comes, and the next such secret. A site that
-            answered and went down before it kept its state gives the identical answer when it is asked again. Empty
-            once the round is over for it.
-        trained: Rounds of training that it has contributed to.
-        cohorts: Sums that it has confirmed: what was summed, and the numbers of those in the sum.
-        steps: Local steps taken in the study.
-        mechanisms: Everything charged to the privacy budget, the running round included.
-        last_request: Digest of the last request, to tell a retry from a second one.
-        last_reply: What was answered to it.
-    """
-
-    round: int = -1
-    purpose: Purpose = "train"
-    work_digest: bytes = b""
-    stages_done: int = 0
-    sum_state: bytes = b""
-    round_seed: bytes = b""
-    trained: int = 0
-    cohorts: tuple[tuple[bytes, tuple[int, ...]], ...] = ()
-    steps: int = 0
-    mechanisms: tuple[PoissonSampledGaussian, ...] = ()
-    last_request: bytes = b""
-    last_reply: bytes = b""
 
 
 class Site:
@@ -105,6 +86,7 @@ class Site:
         data: Its rows, raw.
         policy: What it agrees to, whatever the study says.
         entropy: Source of keys, masks, rounding and privacy noise.
+        clock: Gives the time in seconds, against the policy's longest session.
 
     Attributes:
         log: Why it refused, in full. For the site's own eyes.
@@ -125,6 +107,7 @@ class Site:
         *,
         policy: Policy | None = None,
         entropy: Entropy = os.urandom,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._policy = policy or Policy()
         self._policy.check_study(name, study)
@@ -138,10 +121,11 @@ class Site:
                 f"site {name}: {data.train_rows} training rows are more than protocol.max_weight = "
                 f"{study.protocol.max_weight}; raise that at every site"
             )
-        self._study, self._identity, self._entropy = study, identity, entropy
+        self._study, self._identity, self._entropy, self._clock = study, identity, entropy, clock
         self._device = training_device(study.device)
         entries = flatten(build_model(study, len(data.features))).size
         self._sums = Sums(study, roster, len(data.features), entries)
+        self._scheme = self._sums.scheme
         self._me = roster.number(name)
         self._raw = data
         self._data = None if study.task.standardize == "global" else data.standardized(*_own_standard(study, data))
@@ -163,6 +147,20 @@ class Site:
             raise LocalProtocolError("the means and deviations over all sites have not come yet")
         return self._data
 
+    def refuse_used(self, state: bytes) -> None:
+        """Refuse a state from which a study cannot begin.
+
+        Raises:
+            StudyError: It has been used already.
+            DecodeError: It is not this site's.
+        """
+        memory = remember(state)
+        if memory.study:
+            raise StudyError(
+                f"the state of {self.name} is of a study that has begun already (keys for round {memory.advertised}): "
+                "a study runs once on a state; give it a state file of its own in site.toml"
+            )
+
     def spent(self, state: bytes) -> Spent | None:
         """What this site's records have cost so far, or None in a study without differential privacy.
 
@@ -172,14 +170,14 @@ class Site:
         if not self._study.private:
             return None
         privacy = self._study.privacy
-        return spent(_remember(state).mechanisms, privacy.delta or 0.0, privacy.relation)
+        return spent(remember(state).mechanisms, privacy.delta or 0.0, privacy.relation)
 
     def handle(self, request: bytes, state: bytes) -> tuple[bytes, bytes]:
         """Answer one request.
 
-        What goes wrong in a round does not raise: the site refuses, says why in one word to the coordinator and in
-        full to its own `log`, and is out of the round. A retry of the last request gets the identical bytes back,
-        because a second vector under the same masks would show the difference of the two.
+        What goes wrong does not raise: the site refuses that part of the request, says why in one word to the
+        coordinator and in full to its own `log`, and is out of that sum. A retry of the last request gets the identical
+        bytes back, because a second vector under the same masks would show the difference of the two.
 
         Args:
             request: An encoded `Request`.
@@ -191,116 +189,198 @@ class Site:
         Raises:
             DecodeError: The state is not this site's.
         """
-        memory = _remember(state)
-        if memory.stages_done >= len(self._sums.scheme.stages):
+        memory = remember(state)
+        if memory.stages_done >= len(self._scheme.stages) or memory.keys_done > len(self._scheme.setup):
             raise DecodeError("not a state of this site: it has done more stages than its study's sums have")
+        if memory.study not in (b"", self._study.digest):
+            raise DecodeError(
+                f"the state of {self.name} is of another study (digest {memory.study.hex()[:16]}, this one has "
+                f"{self._study.digest.hex()[:16]}): each study has a state of its own"
+            )
         digest = hashlib.sha256(request).digest()
         if digest == memory.last_request:
             return memory.last_reply, state
-        reply: Answer | Refusal
-        try:
-            message = decode(request, Request)
-            memory = self._admit(message, memory)
-            # From here on the round is charged, whatever comes of it.
-            reply, memory = self._act(message, memory)
-        except (SecAggError, DpError) as error:
-            self.log.append(f"{self.name}: {error}")
-            reply = Refusal(_reason(error))
-            memory = msgspec.structs.replace(memory, stages_done=0, sum_state=b"", round_seed=b"")
+        reply, memory = self._answer(request, memory)
         encoded = encode(reply)
         return encoded, encode(msgspec.structs.replace(memory, last_request=digest, last_reply=encoded))
 
-    def _admit(self, message: Request, memory: Memory) -> Memory:
+    def _answer(self, request: bytes, memory: Memory) -> tuple[Reply, Memory]:
+        try:
+            message = decode(request, Request)
+        except DecodeError as error:
+            return Reply(sum=self._refuse(error)), memory
+        # What is drawn now depends on the seed kept before alone, so that it comes out the same if asked again. What is
+        # drawn later cannot be told from it, nor the other way round: the next seed is a one-way and a fresh one.
+        seed = memory.seed or self._entropy(32)
+        fresh = derive(seed + self._entropy(32), Label.STAGE, bytes(32), 0)
+        memory = msgspec.structs.replace(memory, study=self._study.digest, seed=fresh)
+        on_sum = on_keys = on_finish = None
+        if message.sum is not None:
+            on_sum, memory = self._on_sum(message.sum, memory, seed)
+        if message.keys is not None:
+            on_keys, memory = self._on_keys(message.keys, memory, seed)
+        if message.finish is not None:
+            on_finish, memory = self._on_finish(message.finish, memory)
+        return Reply(on_sum, on_keys, on_finish), memory
+
+    def _refuse(self, error: Exception) -> Refusal:
+        self.log.append(f"{self.name}: {error}")
+        return Refusal(_reason(error))
+
+    def _on_keys(self, message: KeysRequest, memory: Memory, seed: bytes) -> tuple[Part, Memory]:
+        scheme = self._scheme
+        try:
+            memory = self._admit_keys(message, memory)
+            session = self._sums.session(message.round)
+            entropy = Stream(derive(seed, Label.STAGE, session.id, 1)).read
+            body, keys_state = scheme.agree(
+                message.stage, session, self._me, memory.keys_state, message.body, self._identity, entropy
+            )
+        except (SecAggError, DpError) as error:
+            return self._refuse(error), memory.without_keys()
+        memory = msgspec.structs.replace(memory, keys_done=memory.keys_done + 1, keys_state=keys_state)
+        return Answer(memoryview(body)), memory
+
+    def _admit_keys(self, message: KeysRequest, memory: Memory) -> Memory:
+        """Check that the message follows on the last one.
+
+        Raises:
+            RemoteProtocolError: It does not follow, or the study has no more sums.
+            BudgetExceeded: The sum would cost too much.
+        """
+        setup = self._scheme.setup
+        self._check_open(memory)
+        if setup and message.stage == setup[0]:
+            if message.round <= max(memory.advertised, memory.round):
+                last = max(memory.advertised, memory.round)
+                raise RemoteProtocolError(f"round {message.round} comes after round {last}: each comes once")
+            self._check_rounds(memory)
+            self._check_budget(memory)
+            memory = msgspec.structs.replace(memory.without_keys(), advertised=message.round, keys_began=self._clock())
+        elif message.round != memory.advertised:
+            raise RemoteProtocolError(f"keys of round {message.round} follow on those of round {memory.advertised}")
+        due = setup[memory.keys_done] if memory.keys_done < len(setup) else "the sum"
+        if message.stage != due:
+            raise RemoteProtocolError(f"stage {message.stage} came where {due} was due")
+        self._policy.check_age(self._clock() - memory.keys_began)
+        return memory
+
+    def _on_sum(self, message: SumRequest, memory: Memory, seed: bytes) -> tuple[Part, Memory]:
+        scheme, steps = self._scheme, 0
+        try:
+            memory = self._admit_sum(message, memory)
+            # From here on the round is charged, whatever comes of it.
+            if message.stage == scheme.stages[0]:
+                entropy = Stream(derive(seed, Label.STAGE, message.work_digest, 2)).read
+                vector, steps = self._contribute(message, memory, entropy)
+                session = self._sums.session(message.round)
+                subject = self._sums.subject(message.purpose, message.work_digest, message.previous)
+                body, sum_state = scheme.contribute(session, memory.sum_state, message.body, subject, vector)
+            else:
+                body, sum_state = scheme.step(message.stage, memory.sum_state, message.body, self._identity)
+        except (SecAggError, DpError) as error:
+            memory = memory.without_sum()
+            waiting = memory.advertised if memory.keys_done == len(scheme.setup) else None
+            if message.stage == scheme.stages[0] and message.round == waiting:
+                memory = memory.without_keys()  # no second try under them
+            return self._refuse(error), memory
+        memory = msgspec.structs.replace(
+            memory, stages_done=memory.stages_done + 1, sum_state=sum_state, steps=memory.steps + steps
+        )
+        if memory.stages_done == len(scheme.stages):
+            memory = memory.without_sum()
+        return Answer(memoryview(body)), memory
+
+    def _admit_sum(self, message: SumRequest, memory: Memory) -> Memory:
         """Check that the message follows on the last one, and charge the round if it is the one to contribute at.
 
         Raises:
-            RemoteProtocolError: It does not follow.
+            RemoteProtocolError: It does not follow, or asks for less than the policy's conditions.
             BudgetExceeded: The round would cost too much; nothing is charged.
         """
-        if message.purpose == "finish":
-            return memory
-        stages = self._sums.scheme.stages
+        stages = self._scheme.stages
+        self._check_open(memory)
         if message.stage == stages[0]:
-            self._check_agreed(message.purpose, memory)
-            if message.round <= memory.round:
-                raise RemoteProtocolError(f"round {message.round} comes after round {memory.round}: each comes once")
-            memory = msgspec.structs.replace(
-                memory,
-                round=message.round,
-                purpose=message.purpose,
-                work_digest=message.work_digest,
-                stages_done=0,
-                round_seed=self._entropy(32),
-            )
+            memory = self._begin_sum(message, memory)
+        ours = memory.round, memory.purpose, memory.work_digest, memory.previous
+        if (message.round, message.purpose, message.work_digest, message.previous) != ours:
+            raise RemoteProtocolError(f"round {memory.round} goes on with another number, purpose, model or past")
         if message.stage != stages[memory.stages_done]:
             raise RemoteProtocolError(f"stage {message.stage} came where {stages[memory.stages_done]} was due")
-        if (message.round, message.purpose, message.work_digest) != (memory.round, memory.purpose, memory.work_digest):
-            raise RemoteProtocolError(f"round {memory.round} goes on with another number, purpose or model digest")
-        if (shown := self._sums.scheme.cohort(message.stage, message.body)) is not None:
+        self._policy.check_age(self._clock() - memory.sum_began)
+        if (shown := self._scheme.cohort(message.stage, message.body)) is not None:
             memory = self._confirm_cohort(memory, shown)
-        contributes = message.stage == self._sums.scheme.contributes_at
-        if contributes and hashlib.sha256(message.work or b"").digest() != memory.work_digest:
-            raise RemoteProtocolError("the model that came is not the one that the round was begun with")
-        if contributes and message.purpose == "train":
-            memory = msgspec.structs.replace(memory, trained=memory.trained + 1)
-        if self._plan is None or message.purpose != "train":
+        if message.stage != stages[0] or message.purpose != "train":
             return memory
-        release = self._plan.mechanism()
-        if contributes or message.stage == stages[0]:
-            self._check_budget(memory, release)
-        if not contributes:
-            return memory
-        return msgspec.structs.replace(memory, mechanisms=coalesce((*memory.mechanisms, release)))
+        self._check_budget(memory)
+        mechanisms = memory.mechanisms
+        if self._plan is not None:
+            mechanisms = coalesce((*mechanisms, self._plan.mechanism()))
+        return msgspec.structs.replace(memory, trained=memory.trained + 1, mechanisms=mechanisms)
+
+    def _begin_sum(self, message: SumRequest, memory: Memory) -> Memory:
+        """Move the keys that wait for this sum to their use."""
+        setup = self._scheme.setup
+        if message.round <= memory.round:
+            raise RemoteProtocolError(f"round {message.round} comes after round {memory.round}: each comes once")
+        if setup and (message.round != memory.advertised or memory.keys_done != len(setup)):
+            raise RemoteProtocolError(f"round {message.round} begins, and no keys were agreed for it")
+        self._check_agreed(message.purpose, memory)
+        if hashlib.sha256(message.work or b"").digest() != message.work_digest:
+            raise RemoteProtocolError("the model that came is not the one that the sum is said to be about")
+        return msgspec.structs.replace(
+            memory.without_keys(),
+            round=message.round,
+            purpose=message.purpose,
+            work_digest=message.work_digest,
+            previous=message.previous,
+            stages_done=0,
+            sum_state=memory.keys_state,
+            sum_began=memory.keys_began if setup else self._clock(),
+        )
+
+    def _on_finish(self, message: FinishRequest, memory: Memory) -> tuple[Part, Memory]:
+        """See how the last model does, and sign the end: what came before it, and that nothing comes after."""
+        try:
+            self._check_open(memory)
+            self._evaluate(None, decode(message.work, Work))
+        except (SecAggError, DpError) as error:
+            return self._refuse(error), memory
+        signature = b""
+        if self._sums.signed:
+            signature = sign_head(self._identity, self._study.digest, message.head)
+        memory = msgspec.structs.replace(memory.without_keys().without_sum(), finished=True)
+        return Answer(memoryview(signature)), memory
 
     def _confirm_cohort(self, memory: Memory, shown: frozenset[int]) -> Memory:
         # What is summed for training depends on the model; the moments are the same whatever the server sends.
         subject = memory.work_digest if memory.purpose == "train" else memory.purpose.encode()
         earlier = (frozenset(cohort) for summed, cohort in memory.cohorts if summed == subject)
-        self._policy.check_cohort(earlier, shown, self._sums.roster.name)
+        self._policy.check_cohort(earlier, shown, self._sums.roster.name, self._me)
         return msgspec.structs.replace(memory, cohorts=(*memory.cohorts, (subject, tuple(sorted(shown)))))
+
+    def _check_open(self, memory: Memory) -> None:
+        if memory.finished:
+            raise RemoteProtocolError("the study is finished: its end is signed, and nothing comes after it")
+
+    def _check_rounds(self, memory: Memory) -> None:
+        if memory.trained >= self._study.rounds:
+            raise RemoteProtocolError(f"the study has {self._study.rounds} rounds of training, and all are done")
 
     def _check_agreed(self, purpose: Purpose, memory: Memory) -> None:
         """Refuse sums that the study does not have: whatever the server asks for, a site gives no more than agreed."""
         if purpose == "standardize" and (self._study.task.standardize != "global" or memory.trained):
             raise RemoteProtocolError("the server asks for sums of raw features, which the study does not have (now)")
-        if purpose == "train" and memory.trained >= self._study.rounds:
-            raise RemoteProtocolError(f"the study has {self._study.rounds} rounds of training, and all are done")
+        if purpose == "train":
+            self._check_rounds(memory)
 
-    def _check_budget(self, memory: Memory, release: PoissonSampledGaussian) -> None:
+    def _check_budget(self, memory: Memory) -> None:
         privacy = self._study.privacy
-        if privacy.epsilon is not None and privacy.delta is not None:
+        if self._plan is not None and privacy.epsilon is not None and privacy.delta is not None:
             budget = Budget(epsilon=privacy.epsilon, delta=privacy.delta, relation=privacy.relation)
-            budget.check(memory.mechanisms, release)
+            budget.check(memory.mechanisms, self._plan.mechanism())
 
-    def _act(self, message: Request, memory: Memory) -> tuple[Answer, Memory]:
-        """Answer a message that was admitted."""
-        if message.purpose == "finish":
-            self._evaluate(None, decode(message.work or b"", Work))
-            return Answer(b""), memory
-        scheme, vector, steps = self._sums.scheme, None, 0
-        # One way: a later state cannot tell what an earlier stage drew, which is what it must have forgotten.
-        here, after = (derive(memory.round_seed, Label.STAGE, message.work_digest, i) for i in (0, 1))
-        entropy = Stream(here).read
-        if message.stage == scheme.contributes_at:
-            vector, steps = self._contribute(message, memory, entropy)
-        if message.stage == scheme.stages[0]:
-            session = self._sums.session(message.round, message.purpose, message.work_digest)
-            body, sum_state = scheme.begin(session, self._me, self._identity, entropy, vector)
-        else:
-            body, sum_state = scheme.step(
-                message.stage, memory.sum_state, message.body, self._identity, entropy, vector
-            )
-        done = (memory.stages_done + 1) % len(scheme.stages)
-        memory = msgspec.structs.replace(
-            memory,
-            stages_done=done,
-            sum_state=sum_state if done else b"",
-            round_seed=after if done else b"",
-            steps=memory.steps + steps,
-        )
-        return Answer(body), memory
-
-    def _contribute(self, message: Request, memory: Memory, entropy: Entropy) -> tuple[RingVector, int]:
+    def _contribute(self, message: SumRequest, memory: Memory, entropy: Entropy) -> tuple[RingVector, int]:
         """The site's vector for this round, over the ring, and how many local steps it took."""
         work = decode(message.work or b"", Work)
         if message.purpose == "standardize":
@@ -344,18 +424,11 @@ class Site:
         return model.cpu()
 
 
-def _remember(state: bytes) -> Memory:
-    if not state:
-        return Memory()
-    try:
-        return decode(state, Memory)
-    except DpError as error:
-        raise DecodeError(f"not a site's state: {error}") from error
-
-
 def _reason(error: Exception) -> Reason:
     if isinstance(error, BudgetExceeded):
         return "budget"
+    if isinstance(error, PolicyRefusal):
+        return "policy"
     return "data" if isinstance(error, LocalProtocolError | DataError | DpError) else "protocol"
 
 

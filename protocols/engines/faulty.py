@@ -18,7 +18,8 @@ class Fault(Struct, frozen=True):
 
     Attributes:
         site: Whose message it is.
-        stage: At which stage.
+        stage: At which stage. Where keys are agreed ahead, their stages are part of the sum's before, and that
+            is lost with them.
         round: In which round, or None for every one.
         kind: "lost-request" (the site never sees it), "lost-reply" (the site has done its work) or "corrupt" (one bit
             of the reply is flipped).
@@ -63,7 +64,13 @@ class Faulty:
                 yield name, reply[:-1] + bytes([reply[-1] ^ 1])
 
     def _fault(self, site: str, request: Request) -> Fault | None:
+        parts: list[tuple[str, int | None]] = [
+            (part.stage, part.round) for part in (request.sum, request.keys) if part is not None
+        ]
+        if request.finish is not None:
+            parts.append(("Finish", None))
         for fault in self._faults:
-            if (fault.site, fault.stage) == (site, request.stage) and fault.round in (None, request.round):
-                return fault
+            for stage, number in parts:
+                if (fault.site, fault.stage) == (site, stage) and (fault.round is None or fault.round == number):
+                    return fault
         return None

@@ -5,22 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from protocols.site import Site
+from protocols.state_file import StateFile, answer
 
 
 class InProcess:
-    """Sites as objects. Their states are bytes here too, as they would be on disk.
+    """Sites as objects. Their states are bytes here too, as they would be on disk, or really are there.
+
+    Args:
+        sites: Those that take part.
+        stores: Open state files of those that keep their state on disk, by name.
 
     Attributes:
         sites: By name.
         states: Each site's state after its last message.
     """
 
-    def __init__(self, sites: Iterable[Site]) -> None:
+    def __init__(self, sites: Iterable[Site], stores: Mapping[str, StateFile] | None = None) -> None:
         self.sites = {site.name: site for site in sites}
         self.states = dict.fromkeys(self.sites, b"")
+        self._stores = stores or {}
 
     def exchange(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
         """Let each site handle its request."""
         for name, request in requests.items():
-            reply, self.states[name] = self.sites[name].handle(request, self.states[name])
+            site, store = self.sites[name], self._stores.get(name)
+            if store is not None:
+                reply = answer(site, store, request)
+                self.states[name] = store.load()
+            else:
+                reply, self.states[name] = site.handle(request, self.states[name])
             yield name, reply

@@ -17,14 +17,16 @@ import torch
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from protocols.aggregation import Masked
+from protocols.aggregation import Masked, Staged
 from protocols.fedavg import model_bytes
-from protocols.messages import Refusal, Request
-from secagg import Ring
+from protocols.messages import Refusal, Reply, Request
+from secagg import Identity, Params, Ring, Session
+from secagg.masking import transcript
+from secagg.masking.messages import EncryptedShares
 from secagg.wire import decode, encode
-from tests.fuzz.targets import DIMS, DTYPES, TARGETS, small_model
+from tests.fuzz.targets import DIMS, DTYPES, TARGETS, example_roster, small_model
 from tests.protocols.hospitals import PRIVATE, World, study
-from tests.secagg.simulation import Party
+from tests.secagg.simulation import Party, Round, changed
 
 SEEDS = Path(__file__).parent / "seeds"
 ANSWERS = {
@@ -46,21 +48,28 @@ def a_round(mode: str) -> dict[str, bytes]:
     """Each message and state of a round of four in which the last drops out with its vector."""
     party = Party(4, mode=mode, threshold=3)
     scheme, vectors = Masked(mode), party.vectors()
-    server = scheme.server(party.session)
-    seeds: dict[str, bytes] = {}
-    states: dict[int, bytes] = {}
-    while server.stage != "done":
-        stage = server.stage
+    seeds = {f"Terms/{mode}": encode(party.session.terms), f"Subject/{mode}": encode(party.subject)}
+    states: dict[int, bytes] = dict.fromkeys(range(4), b"")
+    keys = scheme.keys(party.session)
+    server: Staged = keys
+    for stage in (*scheme.setup, *scheme.stages):
+        if stage == scheme.stages[0]:
+            server = keys.begin(party.subject)
         for u, request in server.requests().items():
             if u == 3 and stage == "MaskedInput":
                 continue
             identity, entropy = party.identity[u], party.entropy[u]
-            if stage == "AdvertiseKeys":
-                answer, states[u] = scheme.begin(party.session, u, identity, entropy)
+            if stage in scheme.setup:
+                answer, states[u] = scheme.agree(stage, party.session, u, states[u], request, identity, entropy)
+            elif stage == "MaskedInput":
+                answer, states[u] = scheme.contribute(party.session, states[u], request, party.subject, vectors[u])
             else:
-                answer, states[u] = scheme.step(stage, states[u], request, identity, entropy, vectors[u])
+                answer, states[u] = scheme.step(stage, states[u], request, identity)
+            if stage != "AdvertiseKeys":
                 named = "SurvivorSet" if (stage, mode) == ("Unmask", "semi-honest") else REQUESTS[stage]
                 seeds[f"{named}/{mode}"] = request
+            if stage == "ShareKeys":
+                seeds[f"Commitment/{mode}"] = encode(decode(answer, EncryptedShares).commitment)
             seeds[f"{ANSWERS[stage]}/{mode}"] = answer
             seeds[f"ClientState/{mode}-{stage}"] = states[u]
             server.receive(u, answer)
@@ -70,25 +79,45 @@ def a_round(mode: str) -> dict[str, bytes]:
 
 def a_study() -> dict[str, bytes]:
     """What the first site hears, says and remembers, with standardising over all sites and with private training."""
-    seeds: dict[str, bytes] = {"Reply/refusal": encode(Refusal("budget"))}
+    seeds: dict[str, bytes] = {"Reply/refusal": encode(Reply(sum=Refusal("budget"), keys=Refusal("protocol")))}
     for kind, changes in (
         ("global", {"task": {"standardize": "global"}}),
         ("private", {"privacy": PRIVATE, "task": {"standardize": "none"}}),
     ):
         world = World(study(**changes))
         while requests := world.coordinator.requests():
+            label = f"{kind}-{world.rounds[-1].number}-{world.coordinator.stage}"
             for name, request in requests.items():
                 reply = world.ask(name, request)
                 world.coordinator.receive(name, reply)
                 if name == world.study.site_names[0]:
                     said = decode(request, Request)
-                    label = f"{kind}-{said.round}-{said.stage}"
                     seeds |= {f"Request/{label}": request, f"Reply/{label}": reply}
                     seeds[f"Memory/{label}"] = world.states[name]
-                    if said.work is not None:
-                        seeds[f"Work/{label}"] = said.work
+                    if said.sum is not None and said.sum.work is not None:
+                        seeds[f"Work/{label}"] = said.sum.work
             world.coordinator.close_stage()
     return seeds
+
+
+def a_transcript() -> dict[str, bytes]:
+    """Two sums of the participants of `example_roster`, with and without an end."""
+    identity = [Identity(bytes([1 + u]) * 32) for u in range(4)]
+    params, records = Params(example_roster(), 3), list[transcript.Record]()
+    for number in range(2):
+        session = Session(params, bytes(32), number)
+        head = records[-1].digest if records else transcript.NO_RECORD
+        party = Party(4, threshold=3)
+        party.identity, party.session = dict(enumerate(identity)), session
+        party.subject = changed(party.subject, previous=head)
+        records.append(transcript.record(Round(party).play(drop={3 - number: "MaskedInput"}).server))
+    head = records[-1].digest
+    end = transcript.Closing(bytes(32), head, {u: transcript.sign_head(identity[u], bytes(32), head) for u in range(4)})
+    return {
+        "Transcript/whole": transcript.write([*records, end]),
+        "Transcript/one": transcript.write(records[:1]),
+        "Transcript/end": transcript.write([end]),
+    }
 
 
 def vectors() -> dict[str, bytes]:
@@ -115,7 +144,7 @@ def all_seeds() -> dict[str, bytes]:
     for tensor in model.state_dict().values():
         choices += [DTYPES.index(names[tensor.dtype]), tensor.dim(), *map(DIMS.index, tensor.shape), 0]
     models["load_model_header/plain"] = bytes(choices)
-    return a_round("active") | a_round("semi-honest") | a_study() | vectors() | models
+    return a_round("active") | a_round("semi-honest") | a_study() | a_transcript() | vectors() | models
 
 
 def read_seeds(target: str) -> list[bytes]:

@@ -13,13 +13,14 @@ import msgspec
 import torch
 
 from protocols.fedavg import load_model_bytes
+from protocols.memory import remember
 from protocols.messages import Reply, Request, Work
-from protocols.site import _remember
 from secagg.errors import DecodeError
-from secagg.masking import messages
+from secagg.keys import Identity, Roster
+from secagg.masking import messages, transcript
 from secagg.masking.client import decode_state
 from secagg.ring import Ring
-from secagg.wire import Message, decode, decode_any, encode
+from secagg.wire import Message, decode, encode
 
 Target = Callable[[bytes], None]
 
@@ -41,7 +42,7 @@ def _of_kind(kind: type[Message]) -> Target:
 
 def _memory(data: bytes) -> None:
     if data:  # no bytes are the memory of a site that has done nothing yet
-        _of(_remember)(data)
+        _of(remember)(data)
 
 
 def _ring(data: bytes) -> None:
@@ -56,6 +57,24 @@ def _ring(data: bytes) -> None:
     assert vector.shape == (size,)
     assert vector.dtype == ring.dtype
     assert ring.pack(vector) == packed
+
+
+def example_roster() -> Roster:
+    """Whose signatures are in the transcript that is a seed."""
+    return Roster.of({f"site{u}": Identity(bytes([1 + u]) * 32).public for u in range(4)})
+
+
+_roster = example_roster()
+
+
+def _transcript(data: bytes) -> None:
+    """It is read by somebody who trusts nobody: whatever decodes is examined as well."""
+    try:
+        entries = transcript.read(data)
+    except DecodeError:
+        return
+    assert transcript.write(entries) == data
+    transcript.examine(data, _roster)
 
 
 def small_model() -> torch.nn.Module:
@@ -99,12 +118,12 @@ MESSAGE_KINDS: dict[str, type[Message]] = {
     name: kind
     for name, kind in vars(messages).items()
     if isinstance(kind, type) and issubclass(kind, Message) and kind is not Message
-} | {"Request": Request, "Work": Work}
+} | {"Request": Request, "Reply": Reply, "Work": Work}
 
 TARGETS: dict[str, Target] = {name: _of_kind(kind) for name, kind in MESSAGE_KINDS.items()} | {
-    "Reply": _of(lambda data: decode_any(data, Reply)),
     "ClientState": _of(decode_state),
     "Memory": _memory,
+    "Transcript": _transcript,
     "Ring": _ring,
     "load_model": _load_model,
     "load_model_header": _load_model_header,

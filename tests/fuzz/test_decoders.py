@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from protocols.messages import Work
+from secagg.wire import encode
 from tests.fuzz.fuzz import built_in
 from tests.fuzz.make_seeds import all_seeds, read_seeds
 from tests.fuzz.targets import MESSAGE_KINDS, TARGETS
+from tests.secagg.simulation import Party
 
 FUZZ = Path(__file__).with_name("fuzz.py")
 every_target = pytest.mark.parametrize("name", TARGETS)
 # Inputs of the everyday run; for each target; a few seconds over all of them.
-INPUTS = dict.fromkeys(TARGETS, 20_000) | {"load_model_header": 4_000}
+INPUTS = dict.fromkeys(TARGETS, 20_000) | {"load_model_header": 4_000, "Transcript": 2_000}
+SUBJECT = encode(Party(3).subject)[1:]
 
 
 def peak(target, data):
@@ -52,7 +55,7 @@ def test_changed_seeds_decode_or_are_refused(name):
     built_in(TARGETS[name], read_seeds(name), inputs=INPUTS[name])
 
 
-MESSAGEPACK = sorted(set(TARGETS) - {"Ring", "load_model", "load_model_header"})
+MESSAGEPACK = sorted(set(TARGETS) - {"Ring", "Transcript", "load_model", "load_model_header"})
 # Headers that claim 2^32 - 1 entries or bytes, and the lengths in between at which an allocation might still succeed.
 CLAIMS = [
     head + size.to_bytes(4, "big")
@@ -80,12 +83,14 @@ def test_no_length_is_believed_before_it_is_checked(name):
         ("SurvivorSet", b"\x91\xdd", b"\xcd\xff\xf0"),
         ("Work", b"\x93\xc4\0\xdd", b"\x01"),
         ("Work", b"\x93\xc4\0\xdd", b"\xcb" + bytes(8)),
-        ("ConfirmationSet", b"\x91\xdf", b"\x01\xc4\0"),
+        ("ShareInbox", b"\x91\xdf", b"\x01\xc4\x5a" + bytes(90)),
+        ("ConfirmationSet", b"\x91\xdf", b"\x01\x92" + SUBJECT + b"\xc4\0"),
     ],
+    ids=["numbers", "wide numbers", "integers for floats", "floats", "boxes", "confirmations"],
 )
 def test_memory_grows_no_faster_than_what_came(name, start, entry):
     """Claims that are true: at most 64 bytes for each that came."""
-    for count in (1 << 10, 1 << 18):
+    for count in (1 << 10, min(1 << 18, (1 << 22) // len(entry))):
         data = b"\1" + start + count.to_bytes(4, "big") + entry * count + b"\x90"
         assert peak(TARGETS[name], data) < 64 * len(data)
 

@@ -1,5 +1,6 @@
 """Made-up hospitals and studies over them, small enough for the everyday suite."""
 
+import hashlib
 import warnings
 
 import msgspec
@@ -12,12 +13,14 @@ from protocols.datasets import SiteData
 from protocols.engines.faulty import Faulty
 from protocols.engines.in_process import InProcess
 from protocols.fedavg import build_model
+from protocols.messages import Answer, Reply, Request
 from protocols.policy import PERMISSIVE
 from protocols.run import drive
 from protocols.site import Site
 from protocols.study import Study
 from secagg.keys import Identity, Roster
 from secagg.prg import deterministic_entropy
+from secagg.wire import decode, encode
 
 SITES = ("ash", "birch", "cedar", "dogwood")
 FEATURES = ("age", "dose", "pulse")
@@ -73,10 +76,13 @@ def write_csv(path, data):
 
 
 class World:
-    """A study under way: its sites, its coordinator, and the engine between them."""
+    """A study under way: its sites, its coordinator, and the engine between them.
 
-    def __init__(self, study, data=None, *, own_study=None, seed=b"world"):
-        self.study = study
+    All sites have one clock, `now`, which stands still unless a test moves it.
+    """
+
+    def __init__(self, study, data=None, *, own_study=None, seed=b"world", policy=PERMISSIVE):
+        self.study, self.policy, self.now = study, policy, 1000.0
         self.data = data or hospitals(study.site_names)
         entropy = deterministic_entropy(seed)
         self.identities = {name: Identity.generate(entropy) for name in study.site_names}
@@ -86,9 +92,21 @@ class World:
         self.engine = InProcess(self.sites.values())
         self.coordinator = self.another_coordinator()
 
-    def site(self, name, study=None, data=None, policy=PERMISSIVE):
-        study, data, identity = study or self.study, data or self.data[name], self.identities[name]
-        return Site(study, name, identity, self.roster, data, policy=policy, entropy=self.entropy[name])
+    def site(self, name, study=None, data=None, policy=None):
+        return Site(
+            study or self.study,
+            name,
+            self.identities[name],
+            self.roster,
+            data or self.data[name],
+            policy=policy or self.policy,
+            entropy=self.entropy[name],
+            clock=lambda: self.now,
+        )
+
+    def restart(self, name):
+        """A new process: only the state is left."""
+        self.sites[name] = self.engine.sites[name] = self.site(name)
 
     def another_coordinator(self, study=None):
         study = study or self.study
@@ -123,15 +141,63 @@ class World:
         self.coordinator.close_stage()
 
     def until(self, stage, number=0):
-        """Carry stages until one of that name in that round is open; gives its requests."""
-        while (self.coordinator.stage, self.rounds[-1].number) != (stage, number):
+        """Carry stages until one asks for that stage, of the sum or of the keys of that number; gives its requests."""
+        while not self.coordinator.finished:
+            requests = dict(self.coordinator.requests())
+            if any((stage, number) in asked(request) for request in requests.values()):
+                return requests
             self.stage()
-        return self.coordinator.requests()
+        raise AssertionError(f"the study ended before {stage} of round {number}")
 
     def ask(self, name, request):
         """Let a site handle a request; its state moves on."""
         reply, self.states[name] = self.sites[name].handle(request, self.states[name])
         return reply
+
+
+class Tampering:
+    """An engine whose replies one function may change on their way: `change(name, request, reply)`, both decoded."""
+
+    def __init__(self, engine, change):
+        self.engine, self.change = engine, change
+        self.sites, self.states = engine.sites, engine.states
+
+    def exchange(self, requests):
+        for name, reply in self.engine.exchange(requests):
+            yield name, encode(self.change(name, decode(requests[name], Request), decode(reply, Reply)))
+
+
+def spoilt(reply, part):
+    """A reply with the last bit of one part's message flipped."""
+    body = bytearray(getattr(reply, part).body)
+    body[-1] ^= 1
+    return msgspec.structs.replace(reply, **{part: Answer(memoryview(body))})
+
+
+def part_at(stage):
+    """Whose stage it is: the key agreement's or the sum's."""
+    return "keys" if stage in STAGES[:2] else "sum"
+
+
+def other_part(message, part, **changes):
+    """A request or reply of which one part is another."""
+    return msgspec.structs.replace(message, **{part: msgspec.structs.replace(getattr(message, part), **changes)})
+
+
+def changed(request, part, **changes):
+    """An encoded request of which one part is another."""
+    return encode(other_part(decode(request, Request), part, **changes))
+
+
+def with_work(request, work):
+    """A request about another model, with the digest that goes with it."""
+    return changed(request, "sum", work=work, work_digest=hashlib.sha256(work).digest())
+
+
+def asked(request):
+    """The (stage, number) of a request's parts."""
+    message = decode(request, Request)
+    return [(part.stage, part.round) for part in (message.sum, message.keys) if part is not None]
 
 
 def parameters(model):

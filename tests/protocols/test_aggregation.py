@@ -1,5 +1,6 @@
 """The one interface to a secure sum: the document's worked example, and what every scheme must refuse."""
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,8 +15,8 @@ from secagg.errors import (
     SecAggError,
 )
 from secagg.keys import Identity, Roster
-from secagg.masking.messages import MaskedInput
-from secagg.masking.params import Params, Session, least_threshold
+from secagg.masking.messages import MaskedInput, SurvivorSet
+from secagg.masking.params import Params, Session, Subject, least_threshold
 from secagg.prg import deterministic_entropy
 from secagg.wire import encode
 
@@ -24,31 +25,67 @@ IDENTITIES = {name: Identity.generate(ENTROPY) for name in ("ash", "birch", "ced
 ROSTER = Roster.of({name: identity.public for name, identity in IDENTITIES.items()})
 
 
+SUBJECT = Subject("train", bytes(32), bytes(32), 3, 32)
+
+
 def session(mode="active", number=0):
-    return Session(Params(ROSTER, least_threshold(4, mode), mode), bytes(32), "train", number, bytes(32), 3, 32)
+    return Session(Params(ROSTER, least_threshold(4, mode), mode), bytes(32), number)
 
 
 def vectors():
     return [np.array([u, 10 * u, 2**32 - u - 1], np.uint32) for u in range(4)]
 
 
-def play(scheme, mode="active", gone=None):
-    """A whole sum in which participant `u` is gone from stage `gone[u]` on."""
-    gone, states, server = gone or {}, {}, scheme.server(session(mode))
-    while server.result is None:
-        stage = server.stage
-        for u, request in server.requests().items():
-            if u in gone and scheme.stages.index(gone[u]) <= scheme.stages.index(stage):
+class Play:
+    """A sum under way: its server and its participants. Whoever is in `gone` is gone from that stage on."""
+
+    def __init__(self, scheme, mode="active", gone=None):
+        self.scheme, self.session, self.gone = scheme, session(mode), gone or {}
+        self.stages = (*scheme.setup, *scheme.stages)
+        self.states, self.answers = dict.fromkeys(range(4), b""), {}
+        self.keys, self.sum = scheme.keys(self.session), None
+        self.begin()
+
+    @property
+    def server(self):
+        return self.sum or self.keys
+
+    def begin(self):
+        if self.sum is None and self.keys.members is not None:
+            self.sum = self.keys.begin(SUBJECT)
+
+    def answer(self, u, stage, request):
+        identity, state = IDENTITIES[ROSTER.name(u)], self.states[u]
+        if stage in self.scheme.setup:
+            return self.scheme.agree(stage, self.session, u, state, request, identity, ENTROPY)
+        if stage == self.scheme.stages[0]:
+            return self.scheme.contribute(self.session, state, request, SUBJECT, vectors()[u])
+        return self.scheme.step(stage, state, request, identity)
+
+    def stage(self):
+        """Carry one stage."""
+        stage, self.answers = self.server.stage, {}
+        for u, request in self.server.requests().items():
+            if u in self.gone and self.stages.index(self.gone[u]) <= self.stages.index(stage):
                 continue
-            identity = IDENTITIES[ROSTER.name(u)]
-            vector = vectors()[u] if stage == scheme.contributes_at else None
-            if stage == scheme.stages[0]:
-                answer, states[u] = scheme.begin(session(mode), u, identity, ENTROPY, vector)
-            else:
-                answer, states[u] = scheme.step(stage, states[u], request, identity, ENTROPY, vector)
-            server.receive(u, answer)
-        server.close()
-    return server.result
+            self.answers[u], self.states[u] = self.answer(u, stage, request)
+            self.server.receive(u, self.answers[u])
+        self.server.close()
+        self.begin()
+
+    def until(self, stage):
+        while self.server.stage != stage:
+            self.stage()
+        return self
+
+    def result(self):
+        while self.sum is None or self.sum.result is None:
+            self.stage()
+        return self.sum.result
+
+
+def play(scheme, mode="active", gone=None):
+    return Play(scheme, mode, gone).result()
 
 
 # --- the document's example: gradients [1, 1] and [-1, -1] from theta = [0, 0]
@@ -163,20 +200,18 @@ def test_only_the_active_mode_has_a_consistency_check():
     assert "ConsistencyCheck" not in Masked("semi-honest").stages
 
 
+def test_the_keys_of_the_next_sum_travel_with_every_stage_of_a_sum_that_follows_no_other():
+    """All of the agreement is done when the sum is open, and no message of it goes with the last of an active one."""
+    assert Masked("active").ahead == {"MaskedInput": "AdvertiseKeys", "ConsistencyCheck": "ShareKeys"}
+    assert Masked("semi-honest").ahead == {"MaskedInput": "AdvertiseKeys", "Unmask": "ShareKeys"}
+    assert Plain(1).ahead == {}
+
+
 def test_a_masked_vector_on_the_wire_is_not_the_vector():
-    scheme, sent = Masked("active"), {}
-    server, states = scheme.server(session()), {}
-    while server.stage != "ConsistencyCheck":
-        for u, request in server.requests().items():
-            identity = IDENTITIES[ROSTER.name(u)]
-            if server.stage == "AdvertiseKeys":
-                sent[u], states[u] = scheme.begin(session(), u, identity, ENTROPY)
-            else:
-                sent[u], states[u] = scheme.step(server.stage, states[u], request, identity, ENTROPY, vectors()[u])
-            server.receive(u, sent[u])
-        server.close()
+    playing = Play(Masked("active")).until("MaskedInput")
+    playing.stage()
     for u, vector in enumerate(vectors()):
-        assert session().ring.pack(vector) not in sent[u]
+        assert SUBJECT.ring.pack(vector) not in playing.answers[u]
 
 
 def test_a_masked_sum_below_the_threshold_is_lost():
@@ -184,92 +219,152 @@ def test_a_masked_sum_below_the_threshold_is_lost():
         play(Masked("active"), gone={0: "MaskedInput", 1: "MaskedInput"})
 
 
-def test_a_stage_that_does_not_follow_on_the_state_is_refused():
-    scheme = Masked("active")
-    _, state = scheme.begin(session(), 0, IDENTITIES["ash"], ENTROPY)
-    with pytest.raises(RemoteProtocolError, match="Unmask cannot follow on Advertised"):
-        scheme.step("Unmask", state, b"", IDENTITIES["ash"], ENTROPY, None)
+@pytest.mark.parametrize("stage", ["AdvertiseKeys", "ShareKeys"])
+def test_keys_below_the_threshold_are_lost(stage):
+    with pytest.raises(BelowThreshold, match=f"{stage}: 2 participants left, 3 needed"):
+        play(Masked("active"), gone={0: stage, 1: stage})
 
 
-def test_the_stage_that_contributes_needs_a_vector():
-    scheme = Masked("active")
-    server, states = scheme.server(session()), {}
-    for u in server.requests():
-        answer, states[u] = scheme.begin(session(), u, IDENTITIES[ROSTER.name(u)], ENTROPY)
-        server.receive(u, answer)
-    server.close()
-    for u, request in server.requests().items():
-        answer, states[u] = scheme.step("ShareKeys", states[u], request, IDENTITIES[ROSTER.name(u)], ENTROPY, None)
-        server.receive(u, answer)
-    server.close()
-    with pytest.raises(LocalProtocolError, match="needs the participant's vector"):
-        scheme.step("MaskedInput", states[0], server.requests()[0], IDENTITIES["ash"], ENTROPY, None)
+def test_a_sum_begins_only_once_its_keys_are_agreed():
+    playing = Play(Masked("active"))
+    for stage in ("AdvertiseKeys", "ShareKeys"):
+        assert playing.keys.members is None
+        with pytest.raises(LocalProtocolError, match=f"the keys are at {stage} still"):
+            playing.keys.begin(SUBJECT)
+        playing.stage()
+    assert playing.keys.members == {0, 1, 2, 3}
+    assert playing.keys.requests() == {}
+    for late in (lambda: playing.keys.receive(0, b"\x01"), playing.keys.close):
+        with pytest.raises(LocalProtocolError, match="the keys are agreed"):
+            late()
+
+
+def test_a_sum_may_be_begun_long_after_its_keys_and_others_in_between():
+    early = Play(Masked("active")).until("ShareKeys")
+    between = play(Masked("semi-honest"), "semi-honest")
+    np.testing.assert_array_equal(early.result().total, between.total)
+
+
+@pytest.mark.parametrize(
+    ("stage", "reached", "before"),
+    [
+        ("ShareKeys", "AdvertiseKeys", "nothing"),
+        ("Unmask", "ShareKeys", "Advertised"),
+        ("MaskedInput", "ShareKeys", "Advertised"),
+        ("ShareKeys", "MaskedInput", "Shared"),
+        ("Unmask", "ConsistencyCheck", "Masked"),
+        ("ConsistencyCheck", "MaskedInput", "Shared"),
+        ("MaskedInput", "Unmask", "Confirmed"),
+        ("ConsistencyCheck", "Unmask", "Confirmed"),
+        ("Unmask", "done", "Finished"),
+    ],
+)
+def test_a_stage_that_does_not_follow_on_the_state_is_refused(stage, reached, before):
+    playing = Play(Masked("active")).until(reached)
+    # At Unmask a state before the check is what the semi-honest mode goes on from; this session is an active one.
+    says = "unmasks only after" if (stage, before) == ("Unmask", "Masked") else f"{stage} cannot follow on {before}"
+    request = encode(SurvivorSet((0, 1, 2, 3))) if stage == "Unmask" else b""
+    with pytest.raises((RemoteProtocolError, LocalProtocolError), match=says):
+        playing.answer(0, stage, request)
+
+
+def test_the_stage_that_contributes_needs_a_vector_of_the_sums_shape():
+    playing = Play(Masked("active")).until("MaskedInput")
+    request, state = playing.server.requests()[0], playing.states[0]
+    for wrong in (np.zeros(2, np.uint32), np.zeros(3, np.uint64), np.zeros((3, 1), np.uint32)):
+        with pytest.raises(LocalProtocolError):
+            playing.scheme.contribute(playing.session, state, request, SUBJECT, wrong)
 
 
 def test_a_masked_server_blames_the_sender_of_garbage_and_goes_on():
-    server = Masked("active").server(session())
-    with pytest.raises(RemoteProtocolError, match="birch sent no message of stage AdvertiseKeys") as caught:
-        server.receive(1, b"\x01garbage")
-    assert caught.value.culprits == {"birch"}
-    answer, _ = Masked("active").begin(session(), 1, IDENTITIES["birch"], ENTROPY)
-    server.receive(1, answer)
+    playing = Play(Masked("active"))
+    for stage in playing.stages:
+        with pytest.raises(RemoteProtocolError, match=f"birch sent no message of stage {stage}") as caught:
+            playing.until(stage).server.receive(1, b"\x01garbage")
+        assert caught.value.culprits == {"birch"}
+    assert playing.result().contributors == {0, 1, 2, 3}
 
 
 def test_after_the_sum_is_open_nothing_more_is_taken():
-    scheme, states = Masked("semi-honest"), {}
-    server = scheme.server(session("semi-honest"))
-    while server.result is None:
-        for u, request in server.requests().items():
-            identity = IDENTITIES[ROSTER.name(u)]
-            if server.stage == "AdvertiseKeys":
-                answer, states[u] = scheme.begin(session("semi-honest"), u, identity, ENTROPY)
-            else:
-                answer, states[u] = scheme.step(server.stage, states[u], request, identity, ENTROPY, vectors()[u])
-            server.receive(u, answer)
-        server.close()
-    assert isinstance(server.result, Sum)
-    assert server.stage == "done"
-    assert server.requests() == {}
-    for late in (lambda: server.receive(0, b"\x01"), server.close):
+    playing = Play(Masked("semi-honest"), "semi-honest")
+    assert isinstance(playing.result(), Sum)
+    assert playing.server.stage == "done"
+    assert playing.server.requests() == {}
+    for late in (lambda: playing.server.receive(0, b"\x01"), playing.server.close):
         with pytest.raises(LocalProtocolError, match="the sum is open"):
             late()
+
+
+def test_only_an_active_sum_has_a_record_and_it_is_of_this_sum():
+    assert play(Masked("semi-honest"), "semi-honest").record is None
+    for stage, survivors in (("MaskedInput", (0, 2, 3)), ("ConsistencyCheck", (0, 1, 2, 3))):
+        signed = play(Masked("active"), gone={1: stage}).record
+        assert (signed.round, signed.subject, signed.survivors) == (0, SUBJECT, survivors)
+        assert set(signed.commitments) == {0, 1, 2, 3}
+        assert set(signed.confirmations) == {0, 2, 3}
 
 
 def test_a_plain_sum_is_the_same_sum():
     opened = play(Plain(1))
     np.testing.assert_array_equal(opened.total, sum(v.astype(np.uint64) for v in vectors()) % 2**32)
     assert opened.contributors == {0, 1, 2, 3}
+    assert opened.record is None
 
 
-def test_a_plain_server_refuses_garbage_another_length_and_a_second_vector():
-    server, ring = Plain(1).server(session()), session().ring
-    wrong = [b"", b"\x01", encode(MaskedInput(ring.pack(np.zeros(2, np.uint32)))), encode(MaskedInput(b""))]
+def plain_server(threshold):
+    keys = Plain(threshold).keys(session())
+    assert keys.members == {0, 1, 2, 3}
+    return keys.begin(SUBJECT)
+
+
+def plain_answer(u=1, subject=SUBJECT, number=0, packed=None):
+    packed = subject.ring.pack(vectors()[u]) if packed is None else packed
+    return encode(MaskedInput(session(number=number).terms, subject, packed))
+
+
+def test_a_plain_server_refuses_garbage_another_length_another_sum_and_a_second_vector():
+    server = plain_server(1)
+    wrong = [
+        b"",
+        b"\x01",
+        plain_answer(packed=SUBJECT.ring.pack(np.zeros(2, np.uint32))),
+        plain_answer(packed=b""),
+        plain_answer(subject=msgspec.structs.replace(SUBJECT, model_digest=b"m" * 32)),
+        plain_answer(number=1),
+    ]
     for answer in wrong:
         with pytest.raises(RemoteProtocolError, match="birch") as caught:
             server.receive(1, answer)
         assert caught.value.culprits == {"birch"}
-    good = encode(MaskedInput(ring.pack(vectors()[1])))
-    server.receive(1, good)
+    server.receive(1, plain_answer())
     with pytest.raises(RemoteProtocolError, match="twice"):
-        server.receive(1, good)
+        server.receive(1, plain_answer())
     server.close()
     np.testing.assert_array_equal(server.result.total, vectors()[1])
 
 
 @pytest.mark.parametrize("threshold", [1, 2, 4])
 def test_a_plain_sum_of_fewer_than_the_threshold_is_lost(threshold):
-    server = Plain(threshold).server(session())
+    server = plain_server(threshold)
     for u in range(threshold - 1):
-        server.receive(u, encode(MaskedInput(session().ring.pack(vectors()[u]))))
+        server.receive(u, plain_answer(u))
     with pytest.raises(BelowThreshold, match=f"{threshold - 1} participants left, {threshold} needed"):
         server.close()
     assert server.result is None
 
 
-def test_a_plain_participant_refuses_to_send_nothing_another_shape_or_a_second_stage():
-    with pytest.raises(LocalProtocolError, match="needs the participant's vector"):
-        Plain(1).begin(session(), 0, IDENTITIES["ash"], ENTROPY, None)
+def test_a_plain_participant_refuses_another_shape_keys_or_a_second_stage():
     with pytest.raises(LocalProtocolError):
-        Plain(1).begin(session(), 0, IDENTITIES["ash"], ENTROPY, np.zeros(2, np.uint32))
+        Plain(1).contribute(session(), b"", b"", SUBJECT, np.zeros(2, np.uint32))
     with pytest.raises(RemoteProtocolError, match="no stage Unmask"):
-        Plain(1).step("Unmask", b"", b"", IDENTITIES["ash"], ENTROPY, None)
+        Plain(1).step("Unmask", b"", b"", IDENTITIES["ash"])
+    with pytest.raises(RemoteProtocolError, match="no stage AdvertiseKeys"):
+        Plain(1).agree("AdvertiseKeys", session(), 0, b"", b"", IDENTITIES["ash"], ENTROPY)
+
+
+def test_a_plain_sum_has_no_keys_to_agree_on():
+    keys = Plain(1).keys(session())
+    assert keys.requests() == {}
+    for late in (lambda: keys.receive(0, b"\x01"), keys.close):
+        with pytest.raises(LocalProtocolError, match="no keys to agree on"):
+            late()

@@ -35,6 +35,7 @@ target = "ill"
 [training]
 local_steps = 2
 """
+FILES = {"model.safetensors", "run.json", "roster.toml", "transcript.bin"}
 PRIVACY = """
 [privacy]
 mechanism = "local-sgd"
@@ -91,7 +92,7 @@ def edit(old, new):
 def test_a_study_of_three_files_runs_and_is_written(here):
     result = run("--out", "out")
     assert result.exit_code == 0
-    assert {p.name for p in (here / "out").iterdir()} == {"model.safetensors", "run.json"}
+    assert {p.name for p in (here / "out").iterdir()} == FILES
     assert set(safetensors.torch.load_file("out/model.safetensors")) == {"weight", "bias"}
     written = json.loads(Path("out/run.json").read_text())
     assert [r["outcome"] for r in written["rounds"]] == ["opened"] * 3
@@ -132,7 +133,7 @@ def test_json_prints_the_run_as_json_and_nothing_else(here, baselines):
     printed = json.loads(result.stdout)
     assert printed["study"]["name"] == "three hospitals"
     assert result.stderr == ""
-    assert {p.name for p in (here / "out").iterdir()} == {"model.safetensors", "run.json"}
+    assert {p.name for p in (here / "out").iterdir()} == FILES
     assert json.loads(Path("out/run.json").read_text())["rounds"] == printed["rounds"]
 
 
@@ -156,11 +157,13 @@ def test_a_plain_sum_is_warned_of(here):
 
 def test_a_drop_out_is_told(here):
     edit("[training]", '[protocol]\nmode = "semi-honest"\n\n[training]')
-    result = run("--out", "out", "--drop", "birch:MaskedInput:1", "--drop", "cedar:MaskedInput:0")
+    edit("rounds = 2", "rounds = 3")
+    result = run("--out", "out", "--drop", "birch:MaskedInput:2", "--drop", "cedar:MaskedInput:0")
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
-    assert "Round 1: birch: no answer at MaskedInput; the sum of the others was recovered." in text
     assert "Round 0: cedar: no answer at MaskedInput; the sum of the others was recovered." in text
+    assert "Round 1: cedar: no answer at AdvertiseKeys; the sum of the others was recovered." in text
+    assert "Round 2: birch: no answer at MaskedInput; the sum of the others was recovered." in text
 
 
 def test_a_private_study_prints_what_was_spent(here):
@@ -223,8 +226,8 @@ def test_a_site_called_budget_is_no_spent_budget(here):
 def test_the_codes_are_those_of_the_help():
     help_text = " ".join(secagg("--help").stdout.replace("│", " ").split())
     assert "Exit codes: 0 done; 1 too many rounds were lost; 2 bad input; 3 the run could not be written;" in help_text
-    assert "4 the privacy budget stopped the study early." in help_text
-    assert [int(code) for code in Exit] == [1, 2, 3, 4]
+    assert "4 the privacy budget stopped the study early; 5 a transcript does not hold." in help_text
+    assert [int(code) for code in Exit] == [1, 2, 3, 4, 5]
 
 
 # --- what is refused

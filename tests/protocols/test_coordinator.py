@@ -12,17 +12,20 @@ from protocols.errors import StudyError
 from protocols.fedavg import build_model, model_bytes
 from protocols.messages import Answer, Refusal, Reply, Request
 from secagg.masking.messages import MaskedInput
-from secagg.wire import decode, decode_any, encode
+from secagg.wire import decode, encode
 from tests.protocols.hospitals import (
     PRIVATE,
     SITES,
     STAGES,
+    Tampering,
     World,
     fedsgd,
     hospital,
     hospitals,
     parameters,
+    part_at,
     pooled_gradient,
+    spoilt,
     study,
 )
 
@@ -40,11 +43,23 @@ def unchanged(world, before):
     return model_bytes(world.model) == before
 
 
+def flip(world, site, stage):
+    """Flip the last bit of what a site sends for a stage of round 0."""
+
+    def change(name, request, reply):
+        part = getattr(request, part_at(stage))
+        hit = name == site and part is not None and (part.stage, part.round) == (stage, 0)
+        return spoilt(reply, part_at(stage)) if hit else reply
+
+    world.engine = Tampering(world.engine, change)
+    return world
+
+
 # --- who drops out, and where
 
 
 @pytest.mark.parametrize("mode", ["active", "semi-honest"])
-@pytest.mark.parametrize("kind", ["lost-request", "lost-reply", "corrupt"])
+@pytest.mark.parametrize("kind", ["lost-request", "lost-reply", "corrupt", "flipped"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("site", SITES)
 def test_whoever_drops_out_the_model_is_that_of_the_survivors_or_as_it_was(site, stage, kind, mode):
@@ -52,9 +67,14 @@ def test_whoever_drops_out_the_model_is_that_of_the_survivors_or_as_it_was(site,
         return
     world = World(fedsgd(protocol={"mode": mode, "max_failed_rounds": 1}))
     before = model_bytes(world.model)
-    world.run(Fault(site, stage, 0, kind))
+    if kind == "flipped":
+        flip(world, site, stage).run()
+    else:
+        world.run(Fault(site, stage, 0, kind))
     record, others = world.rounds[0], tuple(name for name in SITES if name != site)
-    if kind != "corrupt":
+    if kind == "corrupt":
+        assert record.dropped == {site: f"sent a wrong message at {stage}"}
+    elif kind != "flipped":
         assert record.outcome == "opened"
         assert record.contributors == (others if stage in STAGES[:3] else SITES)
         assert record.dropped == {site: f"no answer at {stage}"}
@@ -69,8 +89,7 @@ def test_whoever_drops_out_the_model_is_that_of_the_survivors_or_as_it_was(site,
 
 @pytest.mark.parametrize("stage", ["AdvertiseKeys", "ShareKeys", "ConsistencyCheck"])
 def test_a_signature_with_one_bit_flipped_drops_its_site_and_names_it(stage):
-    world = World(fedsgd()).run(Fault("birch", stage, 0, "corrupt"))
-    record = world.rounds[0]
+    record = flip(World(fedsgd()), "birch", stage).run().rounds[0]
     assert record.outcome == "opened"
     assert record.dropped == {"birch": f"sent a wrong message at {stage}"}
     assert len(record.faults) == 1
@@ -98,9 +117,10 @@ def test_two_gone_at_different_stages_lose_the_round_only_where_the_second_was_n
     assert "Unmask: 2 participants left" in world.rounds[0].faults[0]
 
 
-def test_a_site_that_dropped_out_is_back_in_the_next_round():
-    world = World(fedsgd(rounds=2)).run(Fault("birch", "MaskedInput", 0))
-    assert [record.contributors for record in world.rounds] == [("ash", "cedar", "dogwood"), SITES, ()]
+def test_a_site_that_dropped_out_is_back_once_keys_are_agreed_with_it_again():
+    world = World(fedsgd(rounds=3)).run(Fault("birch", "MaskedInput", 0))
+    others = "ash", "cedar", "dogwood"
+    assert [record.contributors for record in world.rounds] == [others, others, SITES, ()]
 
 
 def test_a_lost_round_counts_as_a_round_and_the_next_goes_on_from_the_same_model():
@@ -160,7 +180,7 @@ def test_lost_rounds_in_a_row_end_the_study_with_the_reason():
 
 
 def test_a_round_that_succeeds_starts_the_count_of_lost_rounds_anew():
-    lost = [Fault(name, "MaskedInput", number) for number in (0, 2, 4) for name in SITES[:2]]
+    lost = [Fault(name, "Unmask", number) for number in (0, 2, 4) for name in SITES[:2]]
     world = World(fedsgd(rounds=5, protocol={"max_failed_rounds": 2})).run(*lost)
     assert [r.outcome for r in world.rounds] == ["failed", "opened", "failed", "opened", "failed", "opened"]
     assert world.coordinator.stopped is None
@@ -251,7 +271,9 @@ def test_after_a_wrong_message_a_right_one_of_the_same_site_is_ignored():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("reply", [b"", b"\x01", b"\xff" * 40, b"\x01\x92\xa6Answer\xc4\x00", encode(Answer(b"junk"))])
+@pytest.mark.parametrize(
+    "reply", [b"", b"\x01", b"\xff" * 40, encode(Answer(b"")), encode(Reply()), encode(Reply(*[Answer(b"junk")] * 3))]
+)
 def test_garbage_drops_its_sender_and_nobody_else(stage, reply):
     world = World(fedsgd())
     for name, honest in world.engine.exchange(world.until(stage)):
@@ -264,17 +286,21 @@ def test_garbage_drops_its_sender_and_nobody_else(stage, reply):
     assert record.faults[0].startswith("birch: ")
 
 
+BODIES = st.binary(max_size=60)
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.binary(max_size=60) | st.binary(max_size=60).map(lambda body: encode(Answer(body))))
+@given(BODIES | BODIES.map(lambda body: encode(Reply(keys=Answer(body)))) | BODIES.map(lambda b: encode(Answer(b))))
 def test_whatever_a_site_answers_the_coordinator_goes_on(reply):
-    world = SHARED
-    coordinator = world.another_coordinator()
-    coordinator.requests()
-    coordinator.receive("birch", reply)
-    assert "birch" in coordinator.rounds[0].dropped
+    coordinator = SHARED.another_coordinator()
+    for name in coordinator.requests():
+        coordinator.receive(name, reply if name == "birch" else HONEST[name])
+    coordinator.close_stage()
+    assert set(coordinator.requests()) == {"ash", "cedar", "dogwood"}
 
 
 SHARED = World(fedsgd())
+HONEST = dict(SHARED.engine.exchange(SHARED.coordinator.requests()))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -306,7 +332,7 @@ def test_a_refusal_drops_its_sender_with_its_one_word():
     for reason in ("budget", "data", "policy", "protocol"):
         world = World(fedsgd())
         for name, honest in world.engine.exchange(world.until("ShareKeys")):
-            world.coordinator.receive(name, encode(Refusal(reason)) if name == "birch" else honest)
+            world.coordinator.receive(name, encode(Reply(keys=Refusal(reason))) if name == "birch" else honest)
         world.coordinator.close_stage()
         world.run()
         assert world.rounds[0].dropped == {"birch": f"refused ({reason}) at ShareKeys"}
@@ -347,13 +373,10 @@ def test_weights_that_add_up_to_zero_lose_the_round_and_leave_the_model(aggregat
 def test_a_wrong_share_is_blamed_on_its_sender_and_the_sum_is_right_all_the_same():
     world = World(fedsgd())
     for name, reply in world.engine.exchange(world.until("Unmask")):
-        sent = decode_any(reply, Reply)
-        body = sent.body
+        body = bytearray(decode(reply, Reply).sum.body)
         if name == "birch":
-            spoilt = bytearray(body)
-            spoilt[-20] ^= 1  # in the last share
-            body = bytes(spoilt)
-        world.coordinator.receive(name, encode(Answer(body)))
+            body[-20] ^= 1  # in the last share
+        world.coordinator.receive(name, encode(Reply(sum=Answer(body))))
     world.coordinator.close_stage()
     record = world.rounds[0]
     assert record.outcome == "opened"
@@ -384,18 +407,32 @@ def test_a_site_with_another_study_is_never_in_a_sum(mode, disagreeing):
         key: {**base.get(key, {}), **value} if isinstance(value, dict) else value
         for key, value in {**base, **disagreeing}.items()
     }
-    world = World(fedsgd(**base), own_study={"birch": fedsgd(**merged)})
-    before = model_bytes(world.model)
-    world.run()
+    world = World(fedsgd(**base), own_study={"birch": fedsgd(**merged)}).run(Fault("birch", "Finish"))
     for record in world.rounds:
         assert "birch" not in record.contributors
-    if mode == "active":
-        # Signed keys show at once who disagrees, and the others go on.
-        assert world.rounds[0].outcome == "opened"
-        assert world.rounds[0].dropped == {"birch": "sent a wrong message at AdvertiseKeys"}
-    else:
-        assert world.rounds[0].outcome == "failed"
-        assert unchanged(world, before)
+    # What its keys are for shows at once who disagrees and on what, and the others go on.
+    record = world.rounds[0]
+    assert record.outcome == "opened"
+    assert record.dropped == {"birch": "sent a wrong message at AdvertiseKeys"}
+    theirs, ours = (made.digest.hex()[:16] for made in (fedsgd(**merged), world.study))
+    (fault,) = record.faults
+    assert fault.startswith("birch: ")
+    assert f"study configuration {theirs} where {ours} was expected" in fault
+    others = [name for name in SITES if name != "birch"]
+    np.testing.assert_allclose(parameters(world.model), expected(world, others), rtol=0, atol=ACCURACY)
+    # The site itself learns of it no later than the others would need its vector.
+    assert world.sites["birch"].evaluations == []
+
+
+@pytest.mark.parametrize("disagreeing", [{"seed": 1}, {"rounds": 2}, {"server": {"learning_rate": 0.25}}])
+def test_a_site_with_another_study_is_in_no_plain_sum_either(disagreeing):
+    plain = {"protocol": {"aggregation": "plain"}}
+    other = fedsgd(**plain, **disagreeing)
+    world = World(fedsgd(**plain), own_study={"birch": other}).run()
+    assert world.rounds[0].contributors == ("ash", "cedar", "dogwood")
+    assert world.rounds[0].dropped == {"birch": "sent a wrong message at Submit"}
+    (fault,) = world.rounds[0].faults
+    assert f"{other.digest.hex()[:16]} where {world.study.digest.hex()[:16]} was expected" in fault
 
 
 @pytest.mark.parametrize("mode", ["active", "semi-honest"])
@@ -452,7 +489,7 @@ def test_plain_vectors_are_what_the_warning_says():
     world = World(fedsgd(protocol={"aggregation": "plain"}))
     (_, reply), *_ = world.engine.exchange(world.coordinator.requests())
     fixed = world.study.fixed_point
-    vector = fixed.ring.unpack(decode(decode_any(reply, Reply).body, MaskedInput).packed, 5)
+    vector = fixed.ring.unpack(decode(decode(reply, Reply).sum.body, MaskedInput).packed, 5)
     weight, mean = fixed.decode(vector)
     assert weight == world.data["ash"].train_rows
     gradient = pooled_gradient(build_model(world.study, 3), [world.data["ash"]])
@@ -463,12 +500,17 @@ def test_plain_vectors_are_what_the_warning_says():
 
 
 def test_the_model_is_sent_once_a_round_where_the_site_contributes():
-    world = World(fedsgd())
-    for stage in STAGES:
-        for request in world.until(stage).values():
-            message = decode(request, Request)
-            assert (message.work is not None) == (stage == "MaskedInput")
-            assert (message.round, message.purpose, message.stage) == (0, "train", stage)
+    world = World(fedsgd(rounds=2))
+    for stages, number in ((STAGES, 0), (STAGES[2:], 1)):
+        for stage in stages:
+            for request in world.until(stage, number).values():
+                message = decode(request, Request)
+                part = getattr(message, part_at(stage))
+                assert (part.round, part.stage) == (number, stage)
+                if message.sum is not None:
+                    assert message.sum.purpose == "train"
+                assert (b"weight" in request) == (stage == "MaskedInput")  # a name in the model
+                assert request.count(world.coordinator._work) == (stage == "MaskedInput")
 
 
 def test_records_count_who_was_asked_and_every_byte():
@@ -502,7 +544,9 @@ def test_after_the_end_there_is_nothing_to_ask():
 def test_every_round_has_a_number_of_its_own_lost_ones_included():
     world = World(study(rounds=3, task={"standardize": "global"}))
     world.run(*(Fault(name, "ShareKeys", number) for name in SITES for number in (0, 2)))
-    assert [record.number for record in world.rounds] == list(range(len(world.rounds)))
+    # All messages with which keys for number 2 were to be agreed are lost, and with them round 1: 2 is passed over.
+    assert [record.number for record in world.rounds] == [0, 1, 3, 4, 5, 6, 7]
+    assert [record.outcome for record in world.rounds] == ["failed", "failed", *["opened"] * 5]
 
 
 def test_asking_again_in_a_stage_neither_drops_nor_blames_those_who_had_answered():
@@ -540,8 +584,18 @@ def test_a_drop_out_without_a_round_is_in_every_round():
 
 
 def test_a_fault_is_about_its_site_its_stage_and_its_round_only():
-    world = World(fedsgd(rounds=2)).run(Fault("birch", "ShareKeys", 1))
-    assert [set(record.dropped) for record in world.rounds] == [set(), {"birch"}, set()]
+    world = World(fedsgd(rounds=3)).run(Fault("birch", "Unmask", 1))
+    assert [set(record.dropped) for record in world.rounds] == [set(), {"birch"}, set(), set()]
+
+
+def test_a_fault_where_keys_are_agreed_ahead_hits_the_sum_that_they_travel_with():
+    world = World(fedsgd(rounds=3)).run(Fault("birch", "ShareKeys", 1))
+    assert [record.dropped.get("birch") for record in world.rounds] == [
+        "no answer at ConsistencyCheck",
+        "no answer at ShareKeys",
+        None,
+        None,
+    ]
 
 
 def test_the_sites_data_differ_so_that_a_missing_one_shows():

@@ -21,11 +21,13 @@ from protocols.engines.faulty import Fault
 from protocols.errors import OutputError
 from protocols.fedavg import model_bytes
 from protocols.output import as_json, check_target, stage_totals, statement, write_run
+from protocols.rosters import load_roster
 from protocols.run import run_study
 from secagg.keys import fingerprint
+from secagg.masking.transcript import examine
 from tests.protocols.hospitals import PRIVATE, SITES, STAGES, fedsgd, hospitals, study
 
-FILES = {"model.safetensors", "run.json"}
+FILES = {"model.safetensors", "run.json", "roster.toml", "transcript.bin"}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,10 @@ def test_a_run_is_written_whole_and_reads_back(run, tmp_path):
     written = json.loads((tmp_path / "out" / "run.json").read_text())
     assert written["study_digest"] == run.study.digest.hex()
     assert (tmp_path / "out" / "run.json").read_bytes().endswith(b"}\n")
+    findings = examine(
+        (tmp_path / "out" / "transcript.bin").read_bytes(), load_roster(tmp_path / "out" / "roster.toml")
+    )
+    assert (len(findings.records), findings.problems) == (2, ())
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
@@ -87,7 +93,8 @@ def test_run_json_tells_the_configuration_the_versions_and_every_round(run):
         assert set(record["test_metrics_before"]) == set(asked)
         for metrics in record["test_metrics_before"].values():
             assert set(metrics) == {"accuracy", "auc", "log_loss", "rows"}
-        assert [stage["stage"] for stage in record["stages"]] == list(STAGES)
+        # The keys of the second sum are agreed while the first is under way.
+        assert [stage["stage"] for stage in record["stages"]] == list(STAGES if number == 0 else STAGES[2:])
         for stage in record["stages"]:
             assert stage["seconds"] > 0
             assert stage["bytes_up"] > 0
@@ -99,6 +106,12 @@ def test_run_json_tells_the_configuration_the_versions_and_every_round(run):
         assert site["spent"]["relation"] == "add-or-remove-one"
         assert site["federated"]["rows"] == 6
     assert written["sites"]["birch"]["spent"]["epsilon"] < written["sites"]["ash"]["spent"]["epsilon"]
+
+
+def test_a_run_in_which_nothing_was_signed_has_no_transcript(tmp_path):
+    unsigned = run_study(fedsgd(protocol={"mode": "semi-honest"}), hospitals())
+    write_run(unsigned, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"transcript.bin"}
 
 
 def test_run_json_holds_no_training_row(run):

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from protocols import server_view
 from protocols.cli import app
-from protocols.messages import Answer
+from protocols.messages import Answer, Refusal
 from protocols.server_view import examine, record, viewing_study
 from secagg.masking import client
 from secagg.prg import Stream, deterministic_entropy
-from secagg.wire import encode
+from tests.protocols.hospitals import STAGES
 
 NAMES = {
     "messages": "server view: nothing but the protocol's messages",
@@ -95,8 +95,22 @@ def test_plain_sums_are_seen_through():
 
 def test_a_count_beside_the_masked_vector_is_noticed():
     view = honest()
-    chatty = encode(Answer(encode(server_view.messages.MaskedInput(b"")) + b"\x07"))
+    seen = next(reply.body for stage, reply in view.replies if stage == "MaskedInput")
+    chatty = Answer(memoryview(bytes(seen) + b"\x07"))
     assert failed(msgspec.structs.replace(view, replies=[*view.replies, ("MaskedInput", chatty)])) == {"messages"}
+
+
+@pytest.mark.parametrize("reply", [Refusal("data"), None, Answer(b"")])
+@pytest.mark.parametrize("stage", ["AdvertiseKeys", "MaskedInput", "Submit", ""])
+def test_a_part_without_a_message_of_its_stage_is_noticed(stage, reply):
+    view = honest()
+    assert failed(msgspec.structs.replace(view, replies=[*view.replies, (stage, reply)])) == {"messages"}
+
+
+def test_the_view_holds_every_part_of_every_message():
+    """Three rounds: keys and sum of each, and a signature of each site at the end."""
+    stages = [stage for stage, _ in honest().replies]
+    assert {stage: stages.count(stage) for stage in set(stages)} == dict.fromkeys(STAGES, 12) | {"Finish": 4}
 
 
 def test_a_view_without_vectors_passes_no_test():
