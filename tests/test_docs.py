@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 import re
 import runpy
@@ -13,6 +14,8 @@ import pytest
 from protocols.study import Study, demo_study, parse_study
 
 ROOT = Path(__file__).parent.parent
+DIAGRAMS, NOTEBOOK = (runpy.run_path(str(ROOT / "docs" / name)) for name in ("diagrams.py", "attacks.py"))
+ATTACKS = NOTEBOOK["attacks"]((ROOT / "docs" / "attacks.md").read_text(encoding="utf-8"))
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -79,8 +82,62 @@ def test_every_function_that_the_protocol_document_names_exists():
     homes = {"client": "secagg.masking.client", "server": "secagg.masking.server"}
     for home, name in re.findall(r"`(client|server)\.(\w+)`", text):
         assert pkgutil.resolve_name(f"{homes[home]}.{name}")
-    for path in re.findall(r"`(secagg(?:\.\w+)+)`", text):
+    for path in re.findall(r"`((?:secagg|protocols)(?:\.\w+)+)`", text):
         assert pkgutil.resolve_name(path)
+
+
+def test_the_diagrams_are_what_the_code_gives():
+    text = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+    assert DIAGRAMS["written"](text) == text, "python docs/diagrams.py writes them"
+
+
+@pytest.mark.parametrize("name", ["participant", "server", "site", "trips"])
+def test_a_block_that_the_document_has_no_place_for_is_told(name):
+    text = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=f"expected <!-- {name}: .* found them 0 times"):
+        DIAGRAMS["written"](text.replace(f"<!-- end of {name} -->", ""))
+
+
+def test_every_state_and_every_step_of_a_module_is_in_its_diagram():
+    for home, states in (("client", "CLIENT_STATES"), ("server", "SERVER_STATES")):
+        module = pkgutil.resolve_name(f"secagg.masking.{home}")
+        arrows = DIAGRAMS["arrows"](module, DIAGRAMS[states])
+        assert {kind for arrow in arrows for kind in (arrow.source, arrow.target)} == {None, *DIAGRAMS[states]}
+        named = re.findall(rf"`{home}\.(\w+)`", (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8"))
+        assert {arrow.function for arrow in arrows} - {"start"} <= set(named)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=[attack.title for attack in ATTACKS])
+def test_an_attack_succeeds_without_the_guard_and_fails_here(attack):
+    assert NOTEBOOK["run_without"](attack) == attack.without
+    assert NOTEBOOK["run_here"](attack) == attack.here
+
+
+@pytest.mark.parametrize("source", ["", "if a:\n    b()\n" * 2], ids=["gone", "twice"])
+def test_a_guard_that_is_not_where_the_document_says_is_told(tmp_path, source):
+    (tmp_path / "a.py").write_text(source)
+    with pytest.raises(ValueError, match=f"expected these lines once, found them {len(source) // 12} times"):
+        NOTEBOOK["remove"]("--- a.py\n-if a:\n-    b()\n", tmp_path)
+    assert (tmp_path / "a.py").read_text() == source
+
+
+@pytest.mark.parametrize("document", ["attacks.md", "threat_model.md"])
+def test_every_test_and_module_that_a_document_names_exists(document):
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    named = re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)`", text)
+    assert len(named) == text.count("::")
+    for file, name in named:
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
+    for path in re.findall(r"`((?:secagg|protocols|dp)/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_line_of_the_threat_model_is_shown_by_a_test():
+    text = (ROOT / "docs" / "threat_model.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    for row in table.splitlines()[2:]:
+        assert "::test_" in row.split("|")[4], row
 
 
 def test_the_demo_is_private_and_masked():
@@ -90,7 +147,10 @@ def test_the_demo_is_private_and_masked():
     assert study.protocol.mode == "active"
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/protocol.md", "docs/threat_model.md", "SECURITY.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "SECURITY.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))],
+)
 def test_links_between_documents_lead_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
