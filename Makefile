@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-slow check lint types contracts bench clean
+.PHONY: help setup demo test test-slow check lint types contracts bench guards clean
 
 help:
 	@echo "make demo       four hospitals train one model (sets up .venv first)"
@@ -11,6 +11,7 @@ help:
 	@echo "make check      what CI runs: test, lint, types, import contracts"
 	@echo "make test-slow  the long tests"
 	@echo "make bench      all benchmarks, with their targets checked; JSON to benchmarks/results"
+	@echo "make guards     every check in secagg/ removed once: does a test notice? SAMPLE=40 for some of them"
 	@echo "make setup      .venv with everything; quick when nothing changed"
 
 setup: .venv/installed
@@ -46,6 +47,10 @@ bench: setup
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/masking.py --check --json benchmarks/results/masking.json
 	$(BIN)/python benchmarks/flamby_heart.py --check --json benchmarks/results/flamby_heart.json
+
+# In copies of the tree. SAMPLE=n tries n guards only, drawn by the commit or by SEED=..., which the output tells.
+guards: setup
+	$(BIN)/python -m tests.guards.run $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
