@@ -1,17 +1,32 @@
-"""A mask costs little more than its keystream, and quantisation a few masks.
+"""A mask costs little more than its keystream, quantisation a few masks, and the server's sum a few vectors of memory.
 
 A participant of n adds n masks to its vector at once, so a mask's cost is measured as a twentieth of twenty.
 
 The physical limit, bare AES-128-CTR of as many bytes through the same buffer, runs in the same process, in turn.
+
+The server's memory is measured above the bare process, in accumulators: an accumulator is one word for each value.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from _harness import Figure, arguments, in_turns, report
+from _server_memory import measure
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from secagg import Identity, Params, Ring, Roster, Session, Stream, deterministic_entropy, least_threshold, plan, shamir
+from secagg import (
+    Identity,
+    Params,
+    Ring,
+    Roster,
+    Session,
+    Stream,
+    Subject,
+    deterministic_entropy,
+    least_threshold,
+    plan,
+    shamir,
+)
 from secagg.masking import client, server
 from secagg.prg import _BLOCK_BYTES, _ZEROS, add_keystreams
 
@@ -33,7 +48,7 @@ def masks(turns: int) -> list[Figure]:
     values = np.random.default_rng(0).normal(size=MILLION).astype(np.float32)
     twenty = [(bytes([i]) * 16, 1 if i % 2 else -1) for i in range(MASKS)]
     fixed = plan(clients=100, max_value=8.0, fraction_bits=12)
-    ring = Ring(26)
+    ring, total = Ring(26), np.zeros(MILLION, np.uint32)
     vector = ring.reduce(np.random.default_rng(0).integers(0, 2**32, MILLION, np.uint32))
     packed = ring.pack(vector)
     times = in_turns(
@@ -46,6 +61,7 @@ def masks(turns: int) -> list[Figure]:
             "quantise": lambda: fixed.encode(values, 1, Stream(KEY)),
             "pack": lambda: ring.pack(vector),
             "unpack": lambda: ring.unpack(packed, MILLION),
+            "add packed": lambda: ring.add_packed(total, packed),
         },
         turns,
     )
@@ -62,6 +78,7 @@ def masks(turns: int) -> list[Figure]:
         Figure.ratio("quantise 1M float32 / mask uint32", times["quantise"], times["mask"]),
         Figure.cpu_seconds("pack, 1M values of 26 bits", times["pack"]),
         Figure.cpu_seconds("unpack, 1M values of 26 bits", times["unpack"]),
+        Figure.cpu_seconds("add packed, 1M values of 26 bits", times["add packed"]),
     ]
 
 
@@ -98,7 +115,7 @@ def whole_round(n: int, d: int, turns: int) -> list[Figure]:
     roster = Roster.of({f"site{u:03d}": identity[u].public for u in range(n)})
     fixed = plan(clients=n, max_value=8.0, fraction_bits=12)
     params = Params(roster, least_threshold(n, "active"))
-    session = Session(params, bytes(32), "train", 0, bytes(32), d + 1, fixed.ring_bits)
+    session, subject = Session(params, bytes(32), 0), Subject("train", bytes(32), bytes(32), d + 1, fixed.ring_bits)
     values = {u: np.random.default_rng(u).normal(size=d).astype(np.float32) for u in range(n)}
     kept = range(n - 1)
 
@@ -112,11 +129,11 @@ def whole_round(n: int, d: int, turns: int) -> list[Figure]:
         for u in range(n):
             shared[u], boxes = client.share_keys(advertised[u], directories[u], identity[u], entropy[u])
             sharing = server.receive_shares(sharing, u, boxes)
-        summing, inboxes = server.close_shares(sharing)
+        summing, inboxes = server.begin_sum(server.close_shares(sharing), subject)
         masked = {}
         for u in kept:
             encoded = fixed.encode(values[u], 1, Stream(entropy[u](16)))
-            masked[u], y = client.mask_input(shared[u], inboxes[u], encoded.vector)
+            masked[u], y = client.mask_input(shared[u], inboxes[u], subject, encoded.vector)
             summing = server.receive_vector(summing, u, y)
         confirming, shown = server.close_vectors(summing)
         confirmed = {}
@@ -133,8 +150,20 @@ def whole_round(n: int, d: int, turns: int) -> list[Figure]:
     if np.abs(play() - exact).max() > 2.0**-fixed.fraction_bits:
         raise SystemExit("the round gave a wrong mean")
     times = in_turns({"round": play}, turns)["round"]
-    size = f"{d // MILLION}M" if d >= MILLION else f"{d // 1000}k"
-    return [Figure.cpu_seconds(f"whole round, n={n}, d={size}, one drop-out", times)]
+    return [Figure.cpu_seconds(f"whole round, n={n}, d={short(d)}, one drop-out", times)]
+
+
+def server_memory(n: int, d: int) -> list[Figure]:
+    """The most that the server of a sum holds at once: until the sum is open, and with its mean in floats as well."""
+    opened, mean = (peak / np.zeros(d, np.uint32).nbytes for peak in measure(n, d))
+    return [
+        Figure.of(f"server memory, sum open, n={n}, d={short(d)} / accumulator", [opened]),
+        Figure.of(f"server memory, n={n}, d={short(d)} / accumulator", [mean]),
+    ]
+
+
+def short(d: int) -> str:
+    return f"{d // MILLION}M" if d >= MILLION else f"{d // 1000}k"
 
 
 def setup(n: int, turns: int) -> list[Figure]:
@@ -142,7 +171,7 @@ def setup(n: int, turns: int) -> list[Figure]:
     entropy = {u: deterministic_entropy(b"participant %d" % u) for u in range(n)}
     identity = {u: Identity.generate(entropy[u]) for u in range(n)}
     roster = Roster.of({f"site{u:03d}": identity[u].public for u in range(n)})
-    session = Session(Params(roster, least_threshold(n, "active")), bytes(32), "train", 0, bytes(32), 1, 26)
+    session = Session(Params(roster, least_threshold(n, "active")), bytes(32), 0)
     keys = server.start(session)
     for u in range(n):
         state, said = client.advertise(session, u, identity[u], entropy[u])
@@ -161,6 +190,7 @@ def main() -> None:
     figures = masks(7 if options.quick else 31) + sharing(3 if options.quick else 15)
     figures += setup(10, 2) if options.quick else setup(100, 15)
     figures += whole_round(5, 100_000, 2) if options.quick else whole_round(20, MILLION, 7)
+    figures += server_memory(10, MILLION) if options.quick else server_memory(100, 10 * MILLION)
     report("masking", figures, options, ["numpy", "cryptography"])
 
 
