@@ -36,6 +36,7 @@ class Label(bytes, enum.Enum):
     PARAMS = b"parameters"
     SESSION = b"session"
     SUBJECT = b"subject of a sum"
+    MASKS = b"masks of a sum"
     FINGERPRINT = b"fingerprint"
     SELF_MASK = b"mask: own"
     PAIRWISE_SECRET = b"pairwise secret"

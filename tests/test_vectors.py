@@ -149,6 +149,8 @@ def test_the_library_says_every_byte_again_from_the_recorded_randomness(name, ga
     assert game.session.id.hex() == document["session"]["id"]
     assert game.session.params.digest.hex() == document["session"]["params_digest"]
     assert game.subject.sum_id(game.session.id).hex() == document["subject"]["sum_id"]
+    shared = [int(u) for u in document["stages"][1]["participant_to_server"]]
+    assert client.mask_id(game.subject.sum_id(game.session.id), shared).hex() == document["mask_id"]
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -296,7 +298,7 @@ PAIR = (
 )
 COMPUTED = [
     *(f"session.{field}" for field in ("roster.1.identity", "suite", "params_encoding", "params_digest")),
-    *("session.encoding", "session.id", "subject.encoding", "subject.sum_id"),
+    *("session.encoding", "session.id", "subject.encoding", "subject.sum_id", "mask_id"),
     *(f"participants.1.{field}" for field in PARTICIPANT),
     *(f"pairs.{pair}.{field}" for pair in (0, 5) for field in PAIR),
     *(f"stages.{stage}.participant_to_server.1" for stage in range(5)),

@@ -10,6 +10,7 @@ Source: Bonawitz et al., "Practical secure aggregation for privacy-preserving ma
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import cast
 
 from msgspec import msgpack
@@ -176,7 +177,8 @@ def mask_input(state: Shared, inbox: ShareInbox, subject: Subject, vector: RingV
 
     Every received share is decrypted and checked before the vector leaves: a share that turned out bad later would
     come too late to keep y_u back. The mask shared with v is added by the larger number, subtracted by the smaller.
-    The masks' keys depend on the subject: vectors of different subjects do not unmask.
+    The masks' keys depend on the subject and on U2: vectors of different subjects do not unmask, and a participant that
+    was put back to an earlier state and shown fewer shares does not give a single mask away.
 
     Args:
         state: After round 1.
@@ -199,9 +201,9 @@ def mask_input(state: Shared, inbox: ShareInbox, subject: Subject, vector: RingV
     held = {me: state.own_shares}
     for v, box in inbox.boxes.items():
         held[v] = _open_shares(state.inbound_keys[v], sid, v, me, box)
-    masked, sum_id = vector.copy(), subject.sum_id(sid)
-    masks = [(self_mask_key(state.self_mask_seed, sum_id, me), +1)]
-    masks += [(pairwise_key(state.pairwise_secrets[v], sum_id, me, v), mask_sign(me, v)) for v in inbox.boxes]
+    masked, bound = vector.copy(), mask_id(subject.sum_id(sid), held)
+    masks = [(self_mask_key(state.self_mask_seed, bound, me), +1)]
+    masks += [(pairwise_key(state.pairwise_secrets[v], bound, me, v), mask_sign(me, v)) for v in inbox.boxes]
     add_keystreams(masked, masks)
     sent = MaskedInput(terms, subject, subject.ring.pack(masked))
     return Masked(me, session, subject, dict(sorted(held.items()))), sent
@@ -277,9 +279,14 @@ def commitment(seed: bytes, session_id: bytes, participant: int) -> bytes:
     return hashlib.sha256(domain(Label.COMMIT_SELF_MASK, session_id, participant) + seed).digest()
 
 
-def self_mask_key(seed: bytes, sum_id: bytes, participant: int) -> bytes:
-    """Keystream key of PRG(b_u)."""
-    return derive(seed, Label.SELF_MASK, sum_id, participant)
+def mask_id(sum_id: bytes, shared: Iterable[int]) -> bytes:
+    """32 bytes for a sum and U2 together: what the masks' keys are bound to."""
+    return hashlib.sha256(domain(Label.MASKS, sum_id) + msgpack.encode(sorted(shared))).digest()
+
+
+def self_mask_key(seed: bytes, bound_to: bytes, participant: int) -> bytes:
+    """Keystream key of PRG(b_u); `bound_to` is a `mask_id`."""
+    return derive(seed, Label.SELF_MASK, bound_to, participant)
 
 
 def pairwise_secret(own: AgreementKey, public: bytes, session_id: bytes, u: int, v: int) -> bytes:
@@ -287,9 +294,9 @@ def pairwise_secret(own: AgreementKey, public: bytes, session_id: bytes, u: int,
     return derive(own.agree(public), Label.PAIRWISE_SECRET, session_id, min(u, v), max(u, v))
 
 
-def pairwise_key(secret: bytes, sum_id: bytes, u: int, v: int) -> bytes:
-    """Keystream key of PRG(s_uv), the same for both."""
-    return derive(secret, Label.PAIRWISE_MASK, sum_id, min(u, v), max(u, v))
+def pairwise_key(secret: bytes, bound_to: bytes, u: int, v: int) -> bytes:
+    """Keystream key of PRG(s_uv), the same for both; `bound_to` is a `mask_id`."""
+    return derive(secret, Label.PAIRWISE_MASK, bound_to, min(u, v), max(u, v))
 
 
 def mask_sign(u: int, v: int) -> int:

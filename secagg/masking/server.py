@@ -25,6 +25,7 @@ from secagg.keys import AgreementKey, agreement_public, refuse_low_order, verify
 from secagg.masking.client import (
     commitment,
     keys_payload,
+    mask_id,
     mask_sign,
     pairwise_key,
     pairwise_secret,
@@ -283,13 +284,13 @@ def close_unmask(state: CollectingUnmask) -> Opened:
     session = state.session
     _require(session, "Unmask", len(state.answers))
     sid, suspects = session.id, set[int]()
-    sum_id = state.subject.sum_id(sid)
+    bound = mask_id(state.subject.sum_id(sid), state.commitments)
     masks: list[tuple[bytes, int]] = []  # taken off only once all of them are known
     for u in sorted(state.survivors):
         shares = {v: answer.of_self_mask_seed[u] for v, answer in state.answers.items()}
         seed, misfits = _recover(session, u, shares, partial(_is_committed, sid, u, state.commitments[u].digest))
         suspects |= misfits
-        masks.append((self_mask_key(seed, sum_id, u), -1))
+        masks.append((self_mask_key(seed, bound, u), -1))
     for v in sorted(state.dropped):
         shares = {w: answer.of_mask_secret[v] for w, answer in state.answers.items()}
         secret, misfits = _recover(session, v, shares, partial(_is_secret_of, state.directory[v].mask_key))
@@ -297,7 +298,7 @@ def close_unmask(state: CollectingUnmask) -> Opened:
         key = AgreementKey(secret)
         for u in sorted(state.survivors):
             shared = pairwise_secret(key, state.directory[u].mask_key, sid, u, v)
-            masks.append((pairwise_key(shared, sum_id, u, v), -mask_sign(u, v)))
+            masks.append((pairwise_key(shared, bound, u, v), -mask_sign(u, v)))
     add_keystreams(state.total, masks)
     return Opened(
         session,

@@ -314,11 +314,11 @@ def test_no_key_of_a_round_is_used_twice_and_none_is_the_agreed_secret_itself():
     game = Round(party).play("ShareKeys")
     secrets = {u: (AgreementKey(s.channel_secret), AgreementKey(s.mask_secret)) for u, s in game.states.items()}
     game.play("MaskedInput")
-    sum_id, states = party.sum_id, game.states
-    selves = [client.self_mask_key(states[u].self_mask_seed, sum_id, u) for u in range(n)]
+    bound, states = party.mask_id(), game.states
+    selves = [client.self_mask_key(states[u].self_mask_seed, bound, u) for u in range(n)]
     inbound = [states[v].inbound_keys[u] for u, v in permutations(range(n), 2)]
     kept = [states[u].pairwise_secrets[v] for u, v in combinations(range(n), 2)]
-    pairwise = [client.pairwise_key(states[u].pairwise_secrets[v], sum_id, u, v) for u, v in combinations(range(n), 2)]
+    pairwise = [client.pairwise_key(states[u].pairwise_secrets[v], bound, u, v) for u, v in combinations(range(n), 2)]
     keys = [*selves, *inbound, *kept, *pairwise]
     assert len(set(keys)) == len(keys) == n + n * (n - 1) + 2 * (n * (n - 1) // 2)
     raw = {a.agree(b.public) for i, j in permutations(range(n), 2) for a in secrets[i] for b in secrets[j]}
@@ -330,8 +330,8 @@ def test_no_key_of_a_round_is_used_twice_and_none_is_the_agreed_secret_itself():
 def test_another_session_gives_other_keys_from_the_same_secrets():
     states = [Round(Party(4, number=number)).play("MaskedInput").states[0] for number in (1, 2)]
     assert states[0].self_mask_seed == states[1].self_mask_seed, "the deterministic entropy repeats itself"
-    ids = [Party(4, number=number).sum_id for number in (1, 2)]
-    masks = {client.self_mask_key(states[0].self_mask_seed, sum_id, 0) for sum_id in ids}
+    ids = [Party(4, number=number).mask_id() for number in (1, 2)]
+    masks = {client.self_mask_key(states[0].self_mask_seed, bound, 0) for bound in ids}
     assert len(masks) == 2
     for v in (1, 2, 3):
         assert states[0].pairwise_secrets[v] != states[1].pairwise_secrets[v]

@@ -247,8 +247,8 @@ def opened_with_every_seed(party, misled, other):
     for u in game.outbox:
         message = game.answer(u, subject=other if u in misled else None)
         bare[u] = ring.unpack(message.packed, d)
-        sum_id = message.subject.sum_id(party.session.id)
-        add_keystream(bare[u], client.self_mask_key(seeds[u], sum_id, u), -1)
+        bound = client.mask_id(message.subject.sum_id(party.session.id), game.states)
+        add_keystream(bare[u], client.self_mask_key(seeds[u], bound, u), -1)
     everyone = set(bare)
     return {
         side: (ring.reduce(sum(bare[u] for u in members)), sum(100 + u for u in members))

@@ -272,7 +272,8 @@ class Eavesdropper:
     def watch(self, game, vectors):
         """A round up to its end, as the server has seen it."""
         session, answers = game.party.session, game.server.answers
-        self.rounds[session.round] = session.id, game.party.sum_id, game.server, vectors
+        bound_to = game.party.mask_id(game.server.commitments)
+        self.rounds[session.round] = session.id, bound_to, game.server, vectors
         for u in game.server.survivors:
             shares = {v: answer.of_self_mask_seed[u] for v, answer in answers.items()}
             digest = game.server.commitments[u].digest

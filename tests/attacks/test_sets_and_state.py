@@ -326,6 +326,66 @@ def test_sharing_twice_uses_fresh_polynomials_and_a_fresh_seed():
     assert len(seeds) == 6
 
 
+def asked_with_every_inbox(party):
+    """Participant 0's state is put back and asked again for the same sum, each time with the shares of one less.
+
+    Returns:
+        What it sent with everyone's shares; by who was left out, the difference to what it sent then; its vector, and
+        the secrets of its state.
+    """
+    game, ring, d = Round(party).play("MaskedInput"), party.subject.ring, party.subject.dimension
+    state, boxes = game.states[0], game.outbox[0].boxes
+
+    def sent(shown):
+        game.states[0] = state
+        return ring.unpack(game.answer(0, ShareInbox(only(boxes, shown))).packed, d).copy()
+
+    everything = sent(boxes)
+    return everything, {v: ring.reduce(everything - sent(boxes.keys() - {v})) for v in boxes}, game.vectors[0], state
+
+
+def mask(ring, d, key, sign=1):
+    """A keystream on zeros."""
+    masked = ring.zeros(d)
+    add_keystream(masked, key, sign)
+    return ring.reduce(masked)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_that_is_asked_twice_with_different_inboxes_gives_no_mask_away(mode):
+    """All masks depend on U2: with one member less none of them is the same, and the difference is uniform."""
+    d = 1 << 14
+    party = Party(6, mode=mode, dimension=d)
+    ring, everyone = party.subject.ring, set(range(6))
+    everything, differences, vector, state = asked_with_every_inbox(party)
+    for v, difference in differences.items():
+        left = [difference]
+        for bound in (party.sum_id, party.mask_id(), party.mask_id(everyone - {v})):
+            key = client.pairwise_key(state.pairwise_secrets[v], bound, 0, v)
+            left.append(ring.reduce(difference - mask(ring, d, key, client.mask_sign(0, v))))
+        for noise in left:
+            assert_uniform(noise >> np.uint32(16), 16)
+            assert_uniform(noise & np.uint32(15), 16)
+    own = client.self_mask_key(state.self_mask_seed, party.mask_id(), 0)  # as after unmasking
+    bare = ring.reduce(everything - sum(differences.values()) - mask(ring, d, own))
+    assert_uniform(ring.reduce(bare - vector) >> np.uint32(16), 16)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_it_would_give_away_every_mask_and_its_vector_if_they_did_not_depend_on_the_inbox(mode, monkeypatch):
+    """The same attack, on masks that know their sum only."""
+    monkeypatch.setattr(client, "mask_id", lambda sum_id, shared: sum_id)
+    d = 1 << 14
+    party = Party(6, mode=mode, dimension=d)
+    ring = party.subject.ring
+    everything, differences, vector, state = asked_with_every_inbox(party)
+    for v, difference in differences.items():
+        key = client.pairwise_key(state.pairwise_secrets[v], party.sum_id, 0, v)
+        assert (difference == mask(ring, d, key, client.mask_sign(0, v))).all()
+    own = client.self_mask_key(state.self_mask_seed, party.sum_id, 0)
+    assert (ring.reduce(everything - sum(differences.values()) - mask(ring, d, own)) == vector).all()
+
+
 # --- what is learnt ---
 
 
@@ -346,7 +406,7 @@ def test_colluders_and_the_server_see_only_the_sum_of_two_honest_participants():
     uniform over the ring; only the two together give their sum."""
     d = 1 << 14
     party = Party(4, dimension=d, bits=20)
-    ring, sum_id = party.subject.ring, party.sum_id
+    ring, bound = party.subject.ring, party.mask_id()
     vectors = {u: np.full(d, 1000 * (u + 1), np.uint32) for u in range(4)}
     game = Round(party, vectors).play("MaskedInput")
     seeds = {u: game.states[u].self_mask_seed for u in (0, 1)}
@@ -354,9 +414,9 @@ def test_colluders_and_the_server_see_only_the_sum_of_two_honest_participants():
     bare = {}
     for u in (0, 1):
         bare[u] = ring.unpack(game.answer(u).packed, d)
-        add_keystream(bare[u], client.self_mask_key(seeds[u], sum_id, u), -1)  # as after unmasking
+        add_keystream(bare[u], client.self_mask_key(seeds[u], bound, u), -1)  # as after unmasking
         for w, secrets in colluders.items():
-            add_keystream(bare[u], client.pairwise_key(secrets[u], sum_id, u, w), -client.mask_sign(u, w))
+            add_keystream(bare[u], client.pairwise_key(secrets[u], bound, u, w), -client.mask_sign(u, w))
         assert_uniform(ring.reduce(bare[u]) >> np.uint32(16), 16)
         assert_uniform(bare[u] & np.uint32(15), 16)
     assert (ring.reduce(bare[0] + bare[1]) == 3000).all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -68,6 +68,10 @@ class Party:
     @property
     def sum_id(self) -> bytes:
         return self.subject.sum_id(self.session.id)
+
+    def mask_id(self, shared: Iterable[int] | None = None) -> bytes:
+        """What the masks are bound to where `shared` are U2; by default everybody is."""
+        return client.mask_id(self.sum_id, self.identity if shared is None else shared)
 
     def at(self, number: int) -> Party:
         """The same participants, whose entropies run on, in another round."""

@@ -1,6 +1,7 @@
 """The whole round: the opened sum is the survivors' sum bit for bit, or nothing at all."""
 
 import random
+from itertools import combinations
 
 import msgspec
 import numpy as np
@@ -135,11 +136,11 @@ def test_without_its_self_mask_a_vector_is_still_hidden_by_the_pairwise_ones_and
     game = Round(party, {u: party.subject.ring.zeros(1 << 14) for u in range(3)}).play("MaskedInput")
     state, y = game.states[0], party.subject.ring.unpack(game.answer(0).packed, 1 << 14)
     bare = y.copy()
-    add_keystream(bare, client.self_mask_key(state.self_mask_seed, party.sum_id, 0), -1)
+    add_keystream(bare, client.self_mask_key(state.self_mask_seed, party.mask_id(), 0), -1)
     assert_uniform(bare >> 28, 16)
     bare = y.copy()
     for v, secret in state.pairwise_secrets.items():
-        add_keystream(bare, client.pairwise_key(secret, party.sum_id, 0, v), -client.mask_sign(0, v))
+        add_keystream(bare, client.pairwise_key(secret, party.mask_id(), 0, v), -client.mask_sign(0, v))
     assert_uniform(bare >> 28, 16)
 
 
@@ -305,6 +306,18 @@ def test_whatever_differs_makes_another_session_id_and_another_sum_id(change):
 def test_whatever_differs_makes_another_sum_id(change):
     party = Party(4)
     assert changed(party.subject, **change).sum_id(party.session.id) != party.sum_id
+
+
+def test_masks_are_bound_to_the_sum_and_to_the_set_of_those_who_shared():
+    party = Party(6)
+    other = changed(party.subject, purpose="standardize").sum_id(party.session.id)
+    sets = [shared for size in range(7) for shared in combinations(range(6), size)]
+    ids = {client.mask_id(sum_id, shared) for sum_id in (party.sum_id, other) for shared in sets}
+    assert len(ids) == 2 * len(sets)
+    assert not ids & {party.sum_id, other}
+    for shared in sets:
+        assert client.mask_id(party.sum_id, reversed(shared)) == party.mask_id(shared)
+        assert client.mask_id(party.sum_id, dict.fromkeys(shared)) == party.mask_id(shared)
 
 
 def test_every_field_of_a_session_and_of_a_subject_is_in_the_tests_above():

@@ -395,11 +395,16 @@ def document_of(case: Case, study: Study, game: Game) -> dict[str, Any]:
             "encoding": msgspec.msgpack.encode(subject).hex(),
             "sum_id": subject.sum_id(session.id).hex(),
         },
+        "mask_id": _mask_id(game).hex(),
         "participants": parts,
         "pairs": [_pair(game, parts[u], parts[v]) for u, v in combinations(range(case.n), 2)],
         "stages": [_stage(game, stage) for stage in game.sets],
         "sum": game.opened.total.tolist(),
     }
+
+
+def _mask_id(game: Game) -> bytes:
+    return client.mask_id(game.subject.sum_id(game.session.id), game.sets["ShareKeys"])
 
 
 def _participant(case: Case, game: Game, u: int) -> dict[str, Any]:
@@ -419,7 +424,7 @@ def _participant(case: Case, game: Game, u: int) -> dict[str, Any]:
     signatures = {"keys": (Label.SIGN_KEYS, sid, client.keys_payload(u, channel.public, mask.public))}
     if u in game.sets["ShareKeys"]:
         seed, holders = replay(32), game.sets["AdvertiseKeys"]
-        key, committed = client.self_mask_key(seed, sum_id, u), client.commitment(seed, sid, u)
+        key, committed = client.self_mask_key(seed, _mask_id(game), u), client.commitment(seed, sid, u)
         signatures["commitment"] = Label.SIGN_COMMITMENT, sid, committed
         of_secret = split(mask.secret, case.threshold, holders, replay)
         of_seed = split(seed, case.threshold, holders, replay)
@@ -447,7 +452,7 @@ def _pair(game: Game, low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[s
     channel, mask = (AgreementKey(bytes.fromhex(low[secret])) for secret in ("channel_secret", "mask_secret"))
     shared = channel.agree(bytes.fromhex(high["channel_key"]))
     secret = client.pairwise_secret(mask, bytes.fromhex(high["mask_key"]), sid, u, v)
-    key = client.pairwise_key(secret, game.subject.sum_id(sid), u, v)
+    key = client.pairwise_key(secret, _mask_id(game), u, v)
     return {
         "low": u,
         "high": v,

@@ -330,8 +330,13 @@ def session_id(terms: Mapping[str, Any]) -> bytes:
 
 
 def sum_id(session: bytes, subject: Mapping[str, Any]) -> bytes:
-    """What masks are made for: the hash over session and subject."""
+    """What survivors are signed for: the hash over session and subject."""
     return digest("subject of a sum", session, pack(bare(subject, SUBJECT)))
+
+
+def mask_id(sum_: bytes, shared: Sequence[int]) -> bytes:
+    """What masks are made for: the hash over the sum's id and U2."""
+    return digest("masks of a sum", sum_, pack(sorted(shared)))
 
 
 class Round:
@@ -391,6 +396,7 @@ class Round:
         self.subject, self.vectors = dict(subject), [list(vector) for vector in vectors]
         self.bits, self.dimension = subject["ring_bits"], subject["dimension"]
         self.sum_id = sum_id(self.id, subject)
+        self.mask_id = mask_id(self.sum_id, self.there["ShareKeys"])
 
     def play(self, stage: str) -> None:
         """All that is said at a stage."""
@@ -425,6 +431,7 @@ class Round:
                 "encoding": pack(bare(self.subject, SUBJECT)).hex(),
                 "sum_id": self.sum_id.hex(),
             },
+            "mask_id": self.mask_id.hex(),
             "participants": [self._participant(u) for u in range(n)],
             "pairs": [self._pair(u, v) for u in range(n) for v in range(u + 1, n)],
             "stages": [self._stage(stage) for stage in self.stages],
@@ -462,7 +469,7 @@ class Round:
 
     def masked(self, u: int, subject: Mapping[str, Any]) -> bytes:
         """The packed vector of u, masked for a subject."""
-        bits, bound_to = subject["ring_bits"], sum_id(self.id, subject)
+        bits, bound_to = subject["ring_bits"], mask_id(sum_id(self.id, subject), self.there["ShareKeys"])
         masked = list(self.vectors[u])
         masks = [(1, derive(self.seeds[u], "mask: own", bound_to, u))]
         masks += [(1 if u > v else -1, self.pairwise_key(u, v, bound_to)) for v in self.there["ShareKeys"] if v != u]
@@ -560,14 +567,14 @@ class Round:
             add(unpacked(self.said["MaskedInput", u]["packed"], self.bits, self.dimension), 1)
             seed = secret("of_self_mask_seed", u, "commitment")
             require(self.commitment(u, seed) == self.said["ShareKeys", u]["commitment"]["digest"], "commitment")
-            add(words(derive(seed, "mask: own", self.sum_id, u), self.bits, self.dimension), -1)
+            add(words(derive(seed, "mask: own", self.mask_id, u), self.bits, self.dimension), -1)
         for v in dropped:
             own = secret("of_mask_secret", v, "public key")
             require(exchange_public(own) == self.said["AdvertiseKeys", v]["mask_key"], "public key")
             for u in survivors:
                 shared = agree(own, self.said["AdvertiseKeys", u]["mask_key"])
                 pair = derive(shared, "pairwise secret", self.id, min(u, v), max(u, v))
-                key = derive(pair, "mask: pairwise", self.sum_id, min(u, v), max(u, v))
+                key = derive(pair, "mask: pairwise", self.mask_id, min(u, v), max(u, v))
                 add(words(key, self.bits, self.dimension), -1 if u > v else 1)
         return total
 
@@ -585,7 +592,10 @@ class Round:
             "mask_key": ad["mask_key"].hex(),
         }
         if u in self.seeds:
-            key, committed = derive(self.seeds[u], "mask: own", self.sum_id, u), self.said["ShareKeys", u]["commitment"]
+            key, committed = (
+                derive(self.seeds[u], "mask: own", self.mask_id, u),
+                self.said["ShareKeys", u]["commitment"],
+            )
             signatures["commitment"] = committed["signature"].hex()
             part |= {
                 "self_mask_seed": self.seeds[u].hex(),
@@ -600,7 +610,7 @@ class Round:
         return {**part, "signatures": signatures} if self.active else part
 
     def _pair(self, u: int, v: int) -> dict[str, Any]:
-        key = self.pairwise_key(u, v, self.sum_id)
+        key = self.pairwise_key(u, v, self.mask_id)
         return {
             "low": u,
             "high": v,
