@@ -1,17 +1,28 @@
 """What a release of hospitals' data costs in differential privacy, and training that keeps to the price.
 
 Mechanisms are values, `spent` gives their epsilon, `Budget` refuses what would cost too much, and `train` runs DP-SGD
-on one site's records. The names of `dp.sgd` are loaded when first asked for, so that an auditor needs no torch.
+on one site's records. Plans of `dp.distributed` put noise in shares into sums over several sites. The names of `dp.sgd`
+are loaded when first asked for, so that an auditor needs no torch.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dp.accounting import Budget, Spent, calibrate_noise_multiplier, coalesce, spent
+from dp.accounting import Budget, Spent, calibrate, calibrate_noise_multiplier, coalesce, spent
 from dp.csprng import Csprng, Entropy
+from dp.distributed import (
+    DistributedSgdPlan,
+    ParticipantPlan,
+    decode_gradient,
+    decode_participants,
+    participant_contribution,
+    sgd_contribution,
+    solve_participant_plan,
+)
 from dp.errors import BudgetExceeded, DpError, ParameterError, UnsupportedModel
-from dp.mechanisms import PoissonSampledGaussian, Relation
+from dp.mechanisms import DiscreteGaussianSum, Mechanism, PoissonSampledGaussian, Relation, SkellamSum, Unit
+from dp.samplers import DiscreteGaussian, Skellam
 
 if TYPE_CHECKING:
     from dp.sgd import DpSgdPlan, DpSgdReport, train
@@ -20,17 +31,31 @@ __all__ = [
     "Budget",
     "BudgetExceeded",
     "Csprng",
+    "DiscreteGaussian",
+    "DiscreteGaussianSum",
+    "DistributedSgdPlan",
     "DpError",
     "DpSgdPlan",
     "DpSgdReport",
     "Entropy",
+    "Mechanism",
     "ParameterError",
+    "ParticipantPlan",
     "PoissonSampledGaussian",
     "Relation",
+    "Skellam",
+    "SkellamSum",
     "Spent",
+    "Unit",
     "UnsupportedModel",
+    "calibrate",
     "calibrate_noise_multiplier",
     "coalesce",
+    "decode_gradient",
+    "decode_participants",
+    "participant_contribution",
+    "sgd_contribution",
+    "solve_participant_plan",
     "spent",
     "train",
 ]

@@ -34,3 +34,14 @@ class BudgetExceeded(DpError):
         self.spent = spent
         self.next = next
         self.budget = budget
+
+
+class LedgerError(DpError):
+    """A ledger is missing, damaged, edited, another's, older than it should be, or could not be written.
+
+    Nothing may be released then. The message names the file and, where there is one, the row.
+    """
+
+
+class LedgerLocked(LedgerError):
+    """Another process is writing to the ledger. Nothing was changed; asking again later may do."""

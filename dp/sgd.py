@@ -14,7 +14,7 @@ import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -165,6 +165,48 @@ def train(
     return DpSgdReport(steps=plan.steps, mechanism=plan.mechanism())
 
 
+def clipped_gradients(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: Loss,
+    drawn: NDArray[np.intp],
+    clip: float,
+    dimension: int,
+    grad_sample_mode: Literal["hooks", "functorch"],
+) -> Generator[NDArray[np.float64], None, None]:
+    """Gives the drawn records' clipped gradients, for `dp.distributed`. They are secret; the model stays as it was.
+
+    Args:
+        model: As for `train`.
+        x: As for `train`.
+        y: As for `train`.
+        loss: As for `train`.
+        drawn: Which records, by their place in x.
+        clip: The longest gradient of one record, up to rounding in float64.
+        dimension: How many trainable numbers the model should have.
+        grad_sample_mode: As in `DpSgdPlan`.
+
+    Yields:
+        Some records' gradients, (b, dimension), in the order of the model's parameters.
+
+    Raises:
+        UnsupportedModel: The model has a part that clipping per record cannot bound.
+        ParameterError: x, y, the loss or the sizes do not fit together.
+        DpError: A loss or gradient is not finite.
+    """
+    if len(x) != len(y):
+        raise ParameterError(f"x and y should have equally many records: {len(x)}, {len(y)}")
+    parameters = _trainable(model, x.device)
+    if dimension != (d := sum(p.numel() for p in parameters)):
+        raise ParameterError(f"the plan is for a model of {dimension} trainable numbers; this one has {d}")
+    per_record = _per_record(loss)
+    with _prepared(model, grad_sample_mode):
+        _refuse_mixing(model, per_record, x, y)
+        for gradients, factor in _clipping(model, parameters, per_record, x, y, drawn, clip):
+            yield torch.cat([factor[:, None] * g.double() for g in gradients], dim=1).cpu().numpy()
+
+
 def _clipped_sum(
     model: nn.Module,
     parameters: list[nn.Parameter],
@@ -181,6 +223,22 @@ def _clipped_sum(
     """
     d = sum(p.numel() for p in parameters)
     total = torch.zeros(d, dtype=torch.float64, device=x.device)
+    for gradients, factor in _clipping(model, parameters, per_record, x, y, drawn, clip):
+        total += torch.cat([factor @ g.double() for g in gradients])
+    return total
+
+
+def _clipping(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    per_record: Loss,
+    x: Tensor,
+    y: Tensor,
+    drawn: NDArray[np.intp],
+    clip: float,
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Gives the drawn records' gradients, some at a time: for every parameter (b, its size); and their clip factors."""
+    d = sum(p.numel() for p in parameters)
     for start in range(0, len(drawn), max(1, _GRADIENT_FLOATS // d)):
         records = torch.from_numpy(drawn[start : start + max(1, _GRADIENT_FLOATS // d)]).to(x.device)
         gradients = _gradients(model, parameters, per_record, x[records], y[records])
@@ -190,9 +248,7 @@ def _clipped_sum(
             raise DpError(
                 "the gradient of a record is not finite; scale the features, or check them for extreme values"
             )
-        factor = (clip / norm).clamp(max=1.0)  # a gradient of zero has clip / 0 = inf, hence factor 1
-        total += torch.cat([factor @ g.double() for g in gradients])
-    return total
+        yield gradients, (clip / norm).clamp(max=1.0)  # a gradient of zero has clip / 0 = inf, hence factor 1
 
 
 def _gradients(

@@ -4,6 +4,8 @@ import re
 import time
 from pathlib import Path
 
+import dp_accounting
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,13 +16,18 @@ import dp
 from dp import (
     Budget,
     BudgetExceeded,
+    DiscreteGaussianSum,
     ParameterError,
     PoissonSampledGaussian,
     Relation,
+    SkellamSum,
+    Unit,
+    calibrate,
     calibrate_noise_multiplier,
     coalesce,
     spent,
 )
+from dp.mechanisms import rounded_l2
 
 
 def gaussian(sigma, q, steps, clip=1.0):
@@ -275,3 +282,187 @@ def test_a_budget_is_positive_and_finite(epsilon):
 def test_no_accountant_that_under_reports():
     source = "\n".join(path.read_text() for path in Path(dp.__file__).parent.rglob("*.py")).lower()
     assert not re.search(r"\bgdp\b|opacus\.accountants|privacyengine|compute_mu", source)
+
+
+# Several kinds of mechanisms
+
+
+def shares(sigma, q, steps, survivors=4, **changes):
+    """A sum of four shares that together have the noise multiplier `sigma`, of which some may drop out."""
+    fields = {
+        "unit": Unit.RECORD,
+        "sampling_rate": q,
+        "steps": steps,
+        "l2_sensitivity": 1000.0,
+        "dimension": 30,
+        "l2_clip_norm": 1.0,
+        "scale": 1000.0,
+        "shares": 4,
+        "threshold": 1,
+        "colluders": 0,
+        "survivors": survivors,
+        "share_sigma": sigma * 1000.0 / math.sqrt(4),
+    }
+    return DiscreteGaussianSum(**{**fields, **changes})
+
+
+def skellams(sigma, q, steps, **changes):
+    fields = msgspec.structs.asdict(shares(sigma, q, steps))
+    fields["share_variance"] = fields.pop("share_sigma") ** 2
+    return SkellamSum(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps"), [(0.1, 1.5, 60), (1.0, 8.0, 50), (0.01, 1.0, 1000)])
+@pytest.mark.parametrize("relation", list(Relation))
+def test_a_sum_of_shares_costs_what_one_gaussian_costs(q, sigma, steps, relation):
+    ours, central = (spent([make(sigma, q, steps)], 1e-5, relation) for make in (shares, gaussian))
+    assert ours.accountant == "pld"
+    assert central.epsilon < ours.epsilon < central.epsilon + 1e-4
+    assert ours.epsilon < ours.epsilon_rdp < 1.06 * central.epsilon_rdp
+
+
+def test_dropouts_thin_the_noise():
+    """Known answers: noise multiplier 3 from ten shares, fifty steps with everyone, after so many have survived."""
+    known = {10: 12.26, 9: 13.10, 8: 14.12, 7: 15.38, 5: 19.13}
+    for survivors, epsilon in known.items():
+        ten = {"shares": 10, "survivors": survivors, "share_sigma": 3 * 1000.0 / math.sqrt(10)}
+        assert spent([shares(3, 1.0, 50, **ten)], 1e-5).epsilon == pytest.approx(epsilon, abs=6e-3)
+        if survivors < 10:
+            with_colluders = {**ten, "survivors": 10, "colluders": 10 - survivors, "threshold": 10}
+            assert spent([shares(3, 1.0, 50, **with_colluders)], 1e-5).epsilon == pytest.approx(epsilon, abs=6e-3)
+
+
+def test_skellam_known_answer():
+    """epsilon 6 at delta .01, of 150 sums of 16 shares of deviation 11.435854, scale 350, clip 3, dimension 2^24."""
+    m = SkellamSum(
+        unit=Unit.PARTICIPANT,
+        sampling_rate=1.0,
+        steps=150,
+        l2_sensitivity=rounded_l2(3 * 350.0, 2**24, math.exp(-0.5)),
+        dimension=2**24,
+        l2_clip_norm=3.0,
+        scale=350.0,
+        shares=16,
+        threshold=16,
+        colluders=0,
+        survivors=16,
+        share_variance=(350 * 11.435854) ** 2,
+    )
+    came = spent([m], 0.01)
+    assert came.epsilon == came.epsilon_rdp == pytest.approx(6.0, abs=1e-6)
+    assert (came.accountant, came.unit) == ("rdp", Unit.PARTICIPANT)
+
+
+def test_a_mix_is_accounted_by_what_is_proved_for_all():
+    local, summed, noisy = gaussian(4.0, 0.1, 30), shares(3.0, 0.1, 30), skellams(6.0, 0.2, 10)
+    by_pld, by_rdp = spent([local, summed], 1e-5), spent([local, summed, noisy], 1e-5)
+    assert (by_pld.accountant, by_rdp.accountant) == ("pld", "rdp")
+    assert by_rdp.epsilon == by_rdp.epsilon_rdp
+    assert by_pld.epsilon == pytest.approx(spent([local, gaussian(3.0, 0.1, 30)], 1e-5).epsilon, abs=1e-4)
+    parts = [spent([m], 1e-5).epsilon_rdp for m in (local, summed, noisy)]
+    assert max(parts) < by_rdp.epsilon < sum(parts)
+    assert by_rdp.epsilon == pytest.approx(spent([noisy, local, summed], 1e-5).epsilon, abs=1e-9)
+
+
+def test_rdp_gives_epsilon_where_it_is_the_lower_one():
+    """Narrow shares are far from the Gaussian that they imitate, if they imitate one at all."""
+    for narrow in ({"l2_sensitivity": 2.0, "share_sigma": 0.7}, {"l2_sensitivity": 2.0, "share_sigma": 0.9}):
+        came = spent([shares(0, 1.0, 5, **narrow)], 1e-5)
+        assert came.accountant == "rdp"
+        assert came.epsilon == came.epsilon_rdp < math.inf
+
+
+def test_the_distance_from_the_gaussian_is_charged(monkeypatch):
+    """(e, d) becomes (e + 2K, exp(K) d)."""
+    one = shares(1.5, 0.1, 60)
+    free = spent([one], 1e-5).epsilon
+    monkeypatch.setattr(DiscreteGaussianSum, "log_ratio", lambda _: 0.3 / 60)
+    dp.accounting._cached_epsilon_pld.cache_clear()
+    charged = dp.accounting._cached_epsilon_pld((one,), 1e-5, Relation.ADD_OR_REMOVE_ONE, 1e-4)[0]
+    monkeypatch.setattr(DiscreteGaussianSum, "log_ratio", lambda _: 0.0)
+    at_less = dp.accounting._cached_epsilon_pld((one,), 1e-5 * math.exp(-0.3), Relation.ADD_OR_REMOVE_ONE, 1e-4)[0]
+    dp.accounting._cached_epsilon_pld.cache_clear()
+    assert charged == pytest.approx(at_less + 0.6, abs=1e-9)
+    assert charged > free + 0.6
+
+
+def test_whole_orders_and_tenths_agree_with_dp_accountings():
+    """Between whole orders the bound is a straight line, which is no lower than the curve and close to it."""
+    fractions, ours = dp.accounting._divergences([gaussian(1.0, 1.0, 7)], 1)
+    exact = 7 * np.array(fractions) / 2
+    assert (ours >= exact * (1 - 1e-12)).all()
+    assert ours[: len(dp.accounting._WHOLE_ORDERS)] == pytest.approx(exact[: len(dp.accounting._WHOLE_ORDERS)])
+    accountant = dp_accounting.rdp.RdpAccountant(fractions)
+    accountant.compose(gaussian(1.1, 0.2, 7).event())
+    ours = dp.accounting._divergences([gaussian(1.1, 0.2, 7)], 1)[1]
+    known = np.isfinite(accountant._rdp)  # dp-accounting gives low orders up where its series converges slowly
+    assert known.sum() > len(known) - 10
+    assert (ours >= accountant._rdp * (1 - 1e-6))[known].all()
+
+
+def test_replaced_records_under_rdp():
+    everyone = spent([skellams(8.0, 1.0, 5)], 1e-5, Relation.REPLACE_ONE)
+    assert everyone.epsilon == pytest.approx(spent([skellams(4.0, 1.0, 5)], 1e-5).epsilon, rel=1e-4)
+    some = spent([skellams(8.0, 0.5, 5)], 1e-5, Relation.REPLACE_ONE)
+    half = some.epsilon / 2
+    assert spent([skellams(8.0, 0.5, 5)], 1e-5 / (1 + math.exp(half)) * 1.01).epsilon <= half * 1.001
+    mixed = spent([skellams(8.0, 1.0, 5), skellams(8.0, 0.5, 5)], 1e-5, Relation.REPLACE_ONE)
+    assert mixed.epsilon > max(everyone.epsilon, some.epsilon)
+
+
+def test_whom_an_epsilon_hides():
+    person = {"unit": Unit.PARTICIPANT}
+    assert spent([shares(8.0, 1.0, 1, **person)], 1e-5).unit is Unit.PARTICIPANT
+    assert spent([shares(8.0, 1.0, 1, **person), gaussian(8.0, 1.0, 1)], 1e-5).unit is Unit.RECORD
+    assert spent([shares(8.0, 1.0, 1, **person), shares(8.0, 1.0, 1)], 1e-5).unit is Unit.RECORD
+    assert spent([], 1e-5).unit is Unit.RECORD
+
+
+def test_no_noise_worth_the_name_in_shares():
+    for make in (shares, skellams):
+        came = spent([make(0.01, 1.0, 1000)], 1e-5)
+        assert came.accountant == "rdp"
+        assert came.epsilon > 300
+
+
+def test_kinds_are_merged_apart():
+    a, b, c = gaussian(2.0, 0.1, 3), shares(2.0, 0.1, 3), skellams(2.0, 0.1, 3)
+    thinned = shares(2.0, 0.1, 3, survivors=3)
+    merged = coalesce([a, b, c, thinned, b, a, c, c, gaussian(2.0, 0.1, 4, clip=3.0)])
+    assert [type(m) for m in merged] == [type(m) for m in (a, b, c, thinned, a)]
+    assert [m.steps for m in merged] == [6, 6, 9, 3, 4]
+    assert coalesce(merged) == merged
+
+
+def test_a_budget_refuses_sums_too():
+    promise, actual = shares(5.0, 0.25, 12, survivors=3), shares(5.0, 0.25, 12)
+    costs = [spent(done, 1e-5).epsilon for done in ([promise], [actual], [actual, promise])]
+    assert costs[1] < costs[0] < costs[2]
+    budget = Budget(epsilon=(costs[0] + costs[2]) / 2, delta=1e-5)
+    assert budget.check([], promise).epsilon == pytest.approx(costs[0])
+    with pytest.raises(BudgetExceeded) as refusal:
+        budget.check([actual], promise)
+    assert refusal.value.next == pytest.approx(costs[2])
+    with pytest.raises(BudgetExceeded):
+        Budget(epsilon=0.5, delta=1e-5).check([], skellams(5.0, 0.25, 12))
+
+
+@pytest.mark.parametrize("make", [shares, skellams])
+def test_calibrating_shares(make):
+    already = [gaussian(6.0, 0.25, 30)]
+    sigma = calibrate(lambda z: make(z, 0.25, 30), 3.0, 1e-5, already=already)
+    assert 3.0 * 0.999 <= spent([*already, make(sigma, 0.25, 30)], 1e-5).epsilon <= 3.0
+    if make is shares:
+        assert sigma == pytest.approx(calibrate_noise_multiplier(3.0, 1e-5, 0.25, 30, already=already), rel=1e-3)
+
+
+def test_calibrating_where_too_little_noise_is_no_plan_at_all():
+    def planned(z):
+        return shares(z, 1.0, 1, l2_sensitivity=1.0, dimension=1, share_sigma=z / 2)
+
+    sigma = calibrate(planned, 8.0, 1e-5)  # it begins at 0.6, where a share is narrower than 1/2
+    assert planned(sigma).share_sigma == pytest.approx(0.5, abs=1e-9)
+    assert spent([planned(sigma)], 1e-5).epsilon < 8.0
+    assert 4.0 * 0.999 <= spent([planned(calibrate(planned, 4.0, 1e-5))], 1e-5).epsilon <= 4.0
+    with pytest.raises(ParameterError, match="sampling_rate"):
+        calibrate(lambda z: shares(z, 2.0, 1), 8.0, 1e-5)
