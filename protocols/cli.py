@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from protocols.cli_attack import attack
+from protocols.cli_budget import budget_app
 from protocols.cli_keys import keys_app
 from protocols.cli_verify import verify
 
@@ -28,12 +30,14 @@ app = typer.Typer(
     name="secagg",
     help="Learn one model, or compute one statistic, from data that no hospital may show.",
     epilog="Exit codes: 0 done; 1 too many rounds were lost; 2 bad input; 3 the run could not be written; "
-    "4 the privacy budget stopped the study early; 5 a transcript does not hold.",
+    "4 the privacy budget stopped the study early; 5 a transcript or a ledger does not hold.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_app)
+budget_app.command()(attack)
+app.add_typer(budget_app)
 app.command()(verify)
 
 
@@ -268,7 +272,8 @@ def _announce(screen: Console, study: Study) -> None:
         target = (
             f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else f"noise {privacy.noise_multiplier:g}"
         )
-        promise = f"DP-SGD at each site to {target}, delta {privacy.delta:g}"
+        where = "over all sites, noise inside the sum," if study.distributed else "at each site"
+        promise = f"DP-SGD {where} to {target}, delta {privacy.delta:g}"
     screen.print(
         f"{study.name}: {len(study.sites)} sites, {study.rounds} rounds, {study.protocol.aggregation} sums "
         f"(threshold {study.threshold}), {promise}",

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from msgspec import Struct
 
+from dp import decode_gradient
 from protocols.aggregation import KeyServer, Staged, Sum, SumServer, Unprotected
 from protocols.fedavg import ServerOptimizer, flatten, model_bytes, model_digest
 from protocols.messages import (
@@ -81,7 +82,7 @@ class RoundRecord(Struct):
         contributors: Sites in the sum.
         dropped: Sites that are not in it or left before its end, and why.
         faults: Wrong messages, with the sender where one is to blame.
-        weight: Sum of the contributors' weights.
+        weight: Sum of the contributors' weights; 0 where there are none.
         stages: In order.
     """
 
@@ -238,8 +239,13 @@ class Coordinator:
         try:
             message = decode(reply, Reply)
         except DecodeError as error:
-            message = Reply()
             self._fault(f"{site}: {error}")
+            for part, out in ((request.sum, self.rounds[-1].dropped), (request.keys, self._without_keys)):
+                if part is not None:
+                    out.setdefault(site, f"sent a wrong message at {part.stage}")
+            if request.finish is not None:
+                self.rounds[-1].dropped[site] = "sent a wrong message at Finish"
+            return
         if request.sum is not None:
             self._take(site, self._sum, message.sum, self.rounds[-1].dropped)
         if request.keys is not None:
@@ -302,10 +308,10 @@ class Coordinator:
                 seconds=seconds,
             )
         )
-        for site in sorted(silent):
+        for site in (site for site in asked if site in silent):
             if keys is not None and asked[site].keys is not None:
                 self._without_keys.setdefault(site, f"no answer at {keys.stage}")
-            if asked[site].keys is None or asked[site].sum is not None:
+            if asked[site].sum is not None or asked[site].finish is not None:
                 record.dropped.setdefault(site, f"no answer at {self.stage}")
         self._open = _Outgoing({})
         if self._sum is None and self._keys is None:
@@ -360,6 +366,9 @@ class Coordinator:
         name = self._sums.roster.name
         if record.purpose == "standardize":
             weight = self._take_moments(self._sums.exact.decode(result.total))
+        elif (plan := self._sums.distributed) is not None:
+            weight, noisy = 0, self._sums.noisy_ring.signed(result.total)
+            self._optimizer.step(-decode_gradient(noisy, plan, self._study.privacy.records or 1))
         else:
             weight, mean = self._sums.fixed_point.decode(result.total)
             self._optimizer.step(mean)

@@ -25,7 +25,8 @@ from msgspec import Struct
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dp import Entropy
+from dp import DpError, Entropy, calibrate, calibrate_noise_multiplier
+from dp.distributed import DistributedSgdPlan, sgd_contribution
 from dp.sgd import DpSgdPlan
 from dp.sgd import train as train_privately
 from protocols.datasets import SiteData
@@ -216,17 +217,86 @@ def private_update(model: nn.Module, data: SiteData, study: Study, plan: DpSgdPl
     return Update(flatten(model) - before, data.train_rows, plan.steps)
 
 
-def private_plan(study: Study, noise_multiplier: float) -> DpSgdPlan:
-    """One round's DP-SGD of a study. FedSGD is one step of rate 1, which makes the difference the negative gradient."""
-    fedsgd = study.training.algorithm == "fedsgd"
+def local_plan(study: Study) -> DpSgdPlan | None:
+    """One round's DP-SGD at a site, with the least noise that keeps the study's epsilon; None where there is none.
+
+    FedSGD is one step of rate 1, which makes the difference the negative gradient.
+    """
+    privacy, fedsgd = study.privacy, study.training.algorithm == "fedsgd"
+    if not study.private or study.distributed:
+        return None
+    noise, steps = privacy.noise_multiplier, study.local_steps or 1
+    if noise is None:
+        noise = calibrate_noise_multiplier(
+            privacy.epsilon or 0.0,
+            privacy.delta or 0.0,
+            privacy.sampling_rate or 0.0,
+            study.rounds * steps,
+            privacy.relation,
+        )
     return DpSgdPlan(
-        sampling_rate=study.privacy.sampling_rate or 1.0,
-        steps=study.local_steps or 1,
-        noise_multiplier=noise_multiplier,
+        sampling_rate=privacy.sampling_rate or 1.0,
+        steps=steps,
+        noise_multiplier=noise,
         l2_clip_norm=study.privacy.l2_clip_norm,
         learning_rate=1.0 if fedsgd else study.training.learning_rate,
         momentum=study.training.momentum,
     )
+
+
+def distributed_plan(study: Study, dimension: int) -> DistributedSgdPlan | None:
+    """One round's step of DP-SGD over all sites, with the least noise that keeps the study's epsilon, or None.
+
+    Shares are for the threshold of survivors less the colluders, so that no drop-out weakens the guarantee.
+
+    Raises:
+        StudyError: A grid too coarse for so many parameters, or an epsilon that no noise reaches.
+    """
+    if not study.distributed:
+        return None
+    privacy = study.privacy
+
+    def plan(noise_multiplier: float) -> DistributedSgdPlan:
+        return DistributedSgdPlan(
+            sampling_rate=privacy.sampling_rate or 1.0,
+            noise_multiplier=noise_multiplier,
+            l2_clip_norm=privacy.l2_clip_norm,
+            grid=privacy.grid,
+            dimension=dimension,
+            shares=len(study.sites),
+            threshold=study.threshold,
+            colluders=privacy.colluders,
+        )
+
+    try:
+        if privacy.noise_multiplier is not None:
+            return plan(privacy.noise_multiplier)
+        return plan(
+            calibrate(
+                lambda noise: plan(noise).mechanism(study.rounds),
+                privacy.epsilon or 0.0,
+                privacy.delta or 0.0,
+                privacy.relation,
+            )
+        )
+    except DpError as error:
+        raise StudyError(f"privacy: {error}") from error
+
+
+def distributed_contribution(
+    model: nn.Module, data: SiteData, study: Study, plan: DistributedSgdPlan, entropy: Entropy
+) -> npt.NDArray[np.int64]:
+    """The site's whole numbers for one step: its drawn records' clipped gradients, rounded, and its share of the noise.
+
+    The caller has charged `plan.mechanism()` before.
+
+    Returns:
+        Shape [d], as `flatten` lays parameters out; signed, and not reduced to any ring.
+    """
+    x, y = _tensors(data, training_device(study.device))
+    model.to(x.device)
+    with _model_faults(model):
+        return sgd_contribution(model, x, y, _loss_per_row, plan, entropy)
 
 
 def evaluate(model: nn.Module, data: SiteData, device: torch.device) -> Metrics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dp import DpError, PoissonSampledGaussian
+from dp import DpError, Mechanism, coalesce
 from protocols.messages import Purpose
 from secagg.errors import DecodeError
 from secagg.wire import SecretState, decode
@@ -34,7 +34,9 @@ class Memory(SecretState, frozen=True):
         trained: Rounds of training that it has contributed to.
         cohorts: Sums that it has confirmed: what was summed, and the numbers of those in the sum.
         steps: Local steps taken in the study.
-        mechanisms: Everything charged to the privacy budget, the running round included.
+        mechanisms: Everything charged to the privacy budget but `pending`.
+        pending: What is charged for a sum whose survivors are not known, as if they were as few as may be.
+        reservation: Row of the ledger where the last round is reserved.
         finished: Whether it has signed the end of the study.
         last_request: Digest of the last request, to tell a retry from a second one.
         last_reply: What was answered to it.
@@ -56,10 +58,17 @@ class Memory(SecretState, frozen=True):
     trained: int = 0
     cohorts: tuple[tuple[bytes, tuple[int, ...]], ...] = ()
     steps: int = 0
-    mechanisms: tuple[PoissonSampledGaussian, ...] = ()
+    mechanisms: tuple[Mechanism, ...] = ()
+    pending: Mechanism | None = None
+    reservation: int = 0
     finished: bool = False
     last_request: bytes = b""
     last_reply: bytes = b""
+
+    @property
+    def charged(self) -> tuple[Mechanism, ...]:
+        """Everything charged to the privacy budget."""
+        return self.mechanisms if self.pending is None else coalesce((*self.mechanisms, self.pending))
 
     def without_keys(self) -> Memory:
         """The keys that wait for a sum are used up, or lost."""

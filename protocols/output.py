@@ -40,15 +40,27 @@ def statement(run: Run) -> str:
     if not spent:
         return f"{first} There is no differential privacy: the model itself may tell about single records."
     worst = max(spent, key=lambda s: s.epsilon)
+    promise = (
+        f"({worst.epsilon:.3f}, {worst.delta:g})-differential privacy ({worst.relation}, one record, "
+        f"{worst.accountant.upper()} accountant)"
+    )
+    if study.distributed:
+        colluders = study.privacy.colluders
+        return (
+            f"{first} Every training record is protected by {promise} against the server and whoever reads the model: "
+            "the noise is added inside the sum, by all hospitals together, so that this holds as long as the sum stays "
+            "closed, and as long as "
+            + (f"at most {colluders} of them tell their share of it." if colluders else "none of them tells its share.")
+            + " A hospital that looks itself knows its own share, and is one of those."
+        )
     told = (
         f" Not covered: that {weight} training rows took part in all, which the sum of the weights tells."
         if study.training.weighting == "records"
         else ""
     )
     return (
-        f"{first} Every training record is protected by ({worst.epsilon:.3f}, {worst.delta:g})-differential privacy "
-        f"({worst.relation}, one record, PLD accountant) against everyone outside its hospital: the server, the other "
-        f"hospitals, and whoever reads the model.{told}"
+        f"{first} Every training record is protected by {promise} against everyone outside its hospital: the server, "
+        f"the other hospitals, and whoever reads the model.{told}"
     )
 
 

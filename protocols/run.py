@@ -24,6 +24,7 @@ from protocols.engines.faulty import Fault, Faulty
 from protocols.engines.in_process import InProcess
 from protocols.errors import DataError, StudyError
 from protocols.fedavg import build_model, evaluate, flatten, local_update, training_device
+from protocols.ledger_file import open_ledger
 from protocols.metrics import Metrics
 from protocols.policy import PERMISSIVE, Policy
 from protocols.site import Site
@@ -188,6 +189,13 @@ def run_study(
     (columns,) = features
     model = build_model(study, len(columns))
     with _threads_for(model), ExitStack() as opened:
+        ledgers = {
+            name: opened.enter_context(
+                open_ledger(file.ledger, site=name, identity=identities[name], roster=file.roster)
+            )
+            for name, file in files.items()
+            if file.ledger is not None
+        }
         sites = [
             Site(
                 study,
@@ -196,6 +204,7 @@ def run_study(
                 files[name].roster if name in files else roster,
                 data[name],
                 policy=files[name].policy if name in files else policy,
+                ledger=ledgers.get(name),
                 entropy=entropy,
             )
             for name in study.site_names

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dp import DpError
 from protocols.aggregation import Masked, Plain, Scheme
 from protocols.errors import StudyError
+from protocols.fedavg import distributed_plan
 from protocols.messages import Purpose
 from protocols.study import Study
 from secagg.errors import LocalProtocolError
 from secagg.fixed_point import ExactSum, FixedPoint
 from secagg.keys import Roster
 from secagg.masking.params import Params, Session, Subject
+from secagg.ring import Ring
 
 
 class Sums:
@@ -24,6 +27,7 @@ class Sums:
     Attributes:
         scheme: How vectors are summed.
         roster: Names and keys.
+        distributed: One round's step where noise is added inside the sum, else None.
 
     Raises:
         StudyError: The roster is of other sites, or too small.
@@ -45,6 +49,7 @@ class Sums:
         except LocalProtocolError as error:
             raise StudyError(f"protocol: {error}") from error
         self._study, self._features, self._entries = study, features, entries
+        self.distributed = distributed_plan(study, entries)
 
     @property
     def signed(self) -> bool:
@@ -55,6 +60,20 @@ class Sums:
     def fixed_point(self) -> FixedPoint:
         """How updates become ring elements, in a sum for training."""
         return self._study.fixed_point
+
+    @property
+    def noisy_ring(self) -> Ring:
+        """What clipped gradients and their noise are summed in, where noise is added inside the sum.
+
+        Raises:
+            StudyError: No ring is wide enough, or there is no such noise.
+        """
+        if self.distributed is None:
+            raise StudyError("privacy.mechanism: no noise is added inside this study's sums")
+        try:
+            return Ring(self.distributed.ring_bits(self._study.privacy.records or 1, self._study.rounds))
+        except (DpError, LocalProtocolError) as error:
+            raise StudyError(f"privacy.grid: {error}") from error
 
     @property
     def exact(self) -> ExactSum:
@@ -69,6 +88,8 @@ class Sums:
         """What one sum is of."""
         if purpose == "standardize":
             dimension, ring = self.exact.dimension(1 + 2 * self._features), self.exact.ring
+        elif self.distributed is not None:
+            dimension, ring = self._entries, self.noisy_ring
         else:
             dimension, ring = 1 + self._entries, self.fixed_point.ring
         return Subject(purpose, work_digest, previous, dimension, ring.bits)

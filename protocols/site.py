@@ -23,22 +23,26 @@ from dp import (
     Budget,
     BudgetExceeded,
     DpError,
+    Mechanism,
+    PoissonSampledGaussian,
     Spent,
-    calibrate_noise_multiplier,
     coalesce,
     spent,
 )
+from dp.distributed import DistributedSgdPlan
+from dp.ledger import Ledger
 from dp.sgd import DpSgdPlan
 from protocols.datasets import SiteData, heart_reference, require_both_classes
 from protocols.errors import DataError, PolicyRefusal, StudyError
 from protocols.fedavg import (
     build_model,
+    distributed_contribution,
     evaluate,
     flatten,
     gradient_update,
     load_model_bytes,
+    local_plan,
     local_update,
-    private_plan,
     private_update,
     training_device,
 )
@@ -85,6 +89,8 @@ class Site:
         roster: All participants' keys, as compared by fingerprint.
         data: Its rows, raw.
         policy: What it agrees to, whatever the study says.
+        ledger: Its budget ledger, open. Every round of training is reserved there before anything is computed, and is
+            refused where all that the ledger holds, other studies included, would cost too much.
         entropy: Source of keys, masks, rounding and privacy noise.
         clock: Gives the time in seconds, against the policy's longest session.
 
@@ -106,6 +112,7 @@ class Site:
         data: SiteData,
         *,
         policy: Policy | None = None,
+        ledger: Ledger | None = None,
         entropy: Entropy = os.urandom,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -122,6 +129,7 @@ class Site:
                 f"{study.protocol.max_weight}; raise that at every site"
             )
         self._study, self._identity, self._entropy, self._clock = study, identity, entropy, clock
+        self._ledger = ledger
         self._device = training_device(study.device)
         entries = flatten(build_model(study, len(data.features))).size
         self._sums = Sums(study, roster, len(data.features), entries)
@@ -129,7 +137,7 @@ class Site:
         self._me = roster.number(name)
         self._raw = data
         self._data = None if study.task.standardize == "global" else data.standardized(*_own_standard(study, data))
-        self._plan = _private_plan(study)
+        self._plan = self._sums.distributed or local_plan(study)
 
     @property
     def standardized(self) -> bool:
@@ -170,7 +178,7 @@ class Site:
         if not self._study.private:
             return None
         privacy = self._study.privacy
-        return spent(remember(state).mechanisms, privacy.delta or 0.0, privacy.relation)
+        return spent(remember(state).charged, privacy.delta or 0.0, privacy.relation)
 
     def handle(self, request: bytes, state: bytes) -> tuple[bytes, bytes]:
         """Answer one request.
@@ -251,9 +259,10 @@ class Site:
         setup = self._scheme.setup
         self._check_open(memory)
         if setup and message.stage == setup[0]:
-            if message.round <= max(memory.advertised, memory.round):
-                last = max(memory.advertised, memory.round)
-                raise RemoteProtocolError(f"round {message.round} comes after round {last}: each comes once")
+            if message.round <= memory.advertised:
+                raise RemoteProtocolError(
+                    f"round {message.round} comes after round {memory.advertised}: each comes once"
+                )
             self._check_rounds(memory)
             self._check_budget(memory)
             memory = msgspec.structs.replace(memory.without_keys(), advertised=message.round, keys_began=self._clock())
@@ -276,6 +285,8 @@ class Site:
                 session = self._sums.session(message.round)
                 subject = self._sums.subject(message.purpose, message.work_digest, message.previous)
                 body, sum_state = scheme.contribute(session, memory.sum_state, message.body, subject, vector)
+                if isinstance(self._plan, DpSgdPlan) and message.purpose == "train":
+                    self._commit(memory, self._plan.mechanism())
             else:
                 body, sum_state = scheme.step(message.stage, memory.sum_state, message.body, self._identity)
         except (SecAggError, DpError) as error:
@@ -313,10 +324,14 @@ class Site:
         if message.stage != stages[0] or message.purpose != "train":
             return memory
         self._check_budget(memory)
-        mechanisms = memory.mechanisms
-        if self._plan is not None:
-            mechanisms = coalesce((*mechanisms, self._plan.mechanism()))
-        return msgspec.structs.replace(memory, trained=memory.trained + 1, mechanisms=mechanisms)
+        memory = msgspec.structs.replace(memory, trained=memory.trained + 1)
+        if self._plan is None:
+            return memory
+        planned = self._plan.mechanism()
+        memory = msgspec.structs.replace(memory, reservation=self._reserve(message.round, planned))
+        if isinstance(planned, PoissonSampledGaussian):
+            return msgspec.structs.replace(memory, mechanisms=coalesce((*memory.mechanisms, planned)))
+        return msgspec.structs.replace(memory, mechanisms=memory.charged, pending=planned)
 
     def _begin_sum(self, message: SumRequest, memory: Memory) -> Memory:
         """Move the keys that wait for this sum to their use."""
@@ -357,6 +372,11 @@ class Site:
         subject = memory.work_digest if memory.purpose == "train" else memory.purpose.encode()
         earlier = (frozenset(cohort) for summed, cohort in memory.cohorts if summed == subject)
         self._policy.check_cohort(earlier, shown, self._sums.roster.name, self._me)
+        if isinstance(self._plan, DistributedSgdPlan) and memory.purpose == "train":
+            # More survivors than promised, more noise. From here on this site gives its part for no other set.
+            actual = self._plan.mechanism(survivors=len(shown))
+            self._commit(memory, actual)
+            memory = msgspec.structs.replace(memory, mechanisms=coalesce((*memory.mechanisms, actual)), pending=None)
         return msgspec.structs.replace(memory, cohorts=(*memory.cohorts, (subject, tuple(sorted(shown)))))
 
     def _check_open(self, memory: Memory) -> None:
@@ -374,11 +394,40 @@ class Site:
         if purpose == "train":
             self._check_rounds(memory)
 
+    def _reserve(self, number: int, planned: Mechanism) -> int:
+        """Write a round into the ledger before it costs anything; gives the row's number.
+
+        Raises:
+            BudgetExceeded: The ledger's cap or the study's budget does not allow it.
+            LedgerError: The ledger cannot be written, or does not hold.
+        """
+        if self._ledger is None:
+            return 0
+        privacy = self._study.privacy
+        reserved = self._ledger.reserve(
+            planned,
+            study=self._study.name,
+            study_digest=self._study.digest,
+            cohort="all",
+            release="training",
+            relation=privacy.relation,
+            delta=privacy.delta or 0.0,
+            epsilon=privacy.epsilon,
+            time=self._clock(),
+            reference=f"round {number}",
+        )
+        return reserved.sequence
+
+    def _commit(self, memory: Memory, actual: Mechanism) -> None:
+        """Say in the ledger what a reserved round has really cost; one that is never said counts as reserved."""
+        if self._ledger is not None:
+            self._ledger.commit(memory.reservation, actual, time=self._clock())
+
     def _check_budget(self, memory: Memory) -> None:
         privacy = self._study.privacy
         if self._plan is not None and privacy.epsilon is not None and privacy.delta is not None:
             budget = Budget(epsilon=privacy.epsilon, delta=privacy.delta, relation=privacy.relation)
-            budget.check(memory.mechanisms, self._plan.mechanism())
+            budget.require(memory.charged, self._plan.mechanism())
 
     def _contribute(self, message: SumRequest, memory: Memory, entropy: Entropy) -> tuple[RingVector, int]:
         """The site's vector for this round, over the ring, and how many local steps it took."""
@@ -386,6 +435,9 @@ class Site:
         if message.purpose == "standardize":
             return self._sums.exact.encode(self._moments()), 0
         model, study = self._evaluate(message.round, work), self._study
+        if isinstance(self._plan, DistributedSgdPlan):
+            noisy = distributed_contribution(model, self.data, study, self._plan, entropy)
+            return self._sums.noisy_ring.embed(noisy), 1
         if self._plan is not None:
             update = private_update(model, self.data, study, self._plan, entropy)
         elif study.training.algorithm == "fedsgd":
@@ -439,19 +491,3 @@ def _own_standard(study: Study, data: SiteData) -> tuple[npt.NDArray[np.float64]
     if study.task.standardize == "site":
         return data.train_x.mean(axis=0, dtype=np.float64), data.train_x.std(axis=0, ddof=1, dtype=np.float64)
     return np.zeros(len(data.features)), np.ones(len(data.features))
-
-
-def _private_plan(study: Study) -> DpSgdPlan | None:
-    privacy = study.privacy
-    if not study.private or privacy.delta is None:
-        return None
-    noise = privacy.noise_multiplier
-    if noise is None:
-        noise = calibrate_noise_multiplier(
-            privacy.epsilon or 0.0,
-            privacy.delta,
-            privacy.sampling_rate or 0.0,
-            study.rounds * (study.local_steps or 1),
-            privacy.relation,
-        )
-    return private_plan(study, noise)

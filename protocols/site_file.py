@@ -31,6 +31,7 @@ class _Table(Section, frozen=True):
     fingerprints: dict[str, str]
     counter: str | None = None
     data: str | None = None
+    ledger: str | None = None
     policy: Policy = msgspec.field(default_factory=Policy)
 
     def __post_init__(self) -> None:
@@ -38,7 +39,7 @@ class _Table(Section, frozen=True):
             check_name(self.name)
         except KeyFileError as error:
             raise SiteFileError(f"name: {error}") from error
-        for key in ("identity", "roster", "state", "counter", "data"):
+        for key in ("identity", "roster", "state", "counter", "data", "ledger"):
             path = getattr(self, key)
             if path is not None and (not path or "\0" in path):
                 raise SiteFileError(f"{key}: expected a path, got {path!r}")
@@ -54,6 +55,7 @@ class SiteFile(Struct, frozen=True, kw_only=True):
         state: Path of its state in the study.
         counter: Path of the number of the last save of the state, or None for the one beside it.
         data: Path of its rows, or None where the study file says it.
+        ledger: Path of its budget ledger, or None. A ledger that is named must be there.
         policy: What it agrees to.
     """
 
@@ -63,6 +65,7 @@ class SiteFile(Struct, frozen=True, kw_only=True):
     state: Path
     counter: Path | None
     data: Path | None
+    ledger: Path | None
     policy: Policy
 
     def load_identity(self, passphrase: str | None = None) -> Identity:
@@ -97,7 +100,7 @@ def load_site(path: str | Path) -> SiteFile:
     folder = Path(path).absolute().parent
     paths = {
         key: folder / given
-        for key in ("identity", "roster", "state", "counter", "data")
+        for key in ("identity", "roster", "state", "counter", "data", "ledger")
         if (given := getattr(table, key)) is not None
     }
     _refuse_overwritten(str(path), paths)
@@ -110,6 +113,7 @@ def load_site(path: str | Path) -> SiteFile:
         state=paths["state"],
         counter=paths.get("counter"),
         data=paths.get("data"),
+        ledger=paths.get("ledger"),
         policy=table.policy,
     )
 

@@ -148,8 +148,10 @@ class Privacy(Section, frozen=True):
     """What is promised to a record.
 
     Attributes:
-        mechanism: "none" or "local-sgd": every site runs DP-SGD on its own records, so that the guarantee holds
-            against everyone outside the site, the other sites and the server included.
+        mechanism: "none"; "local-sgd": every site runs DP-SGD on its own records, so that the guarantee holds against
+            everyone outside the site, the other sites and the server included; "distributed-sgd": each round is one
+            step of DP-SGD over all sites' records, every site adds a share of the noise, and the sum that the server
+            opens has as much as one trusted party would add. It holds as long as the secure sum does.
         unit: What one record stands for. Only "record".
         relation: "add-or-remove-one" or "replace-one".
         epsilon: The budget for the whole study. Training stops before a round that would exceed it.
@@ -158,9 +160,13 @@ class Privacy(Section, frozen=True):
             the study's rounds.
         l2_clip_norm: Longest gradient of one record.
         sampling_rate: Chance of a record to be in a step, the same at every site.
+        records: Training rows of all sites together, or about; public. Only for distributed-sgd, whose mean gradient
+            is the sum over the expected draw, this times the sampling rate.
+        grid: Steps from 0 to the clip norm to which every record's gradient is rounded, for distributed-sgd.
+        colluders: Sites whose shares of the noise are taken to be known to whoever looks, for distributed-sgd.
     """
 
-    mechanism: Literal["none", "local-sgd"] = "none"
+    mechanism: Literal["none", "local-sgd", "distributed-sgd"] = "none"
     unit: Literal["record"] = "record"
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
     epsilon: float | None = None
@@ -168,6 +174,9 @@ class Privacy(Section, frozen=True):
     noise_multiplier: float | None = None
     l2_clip_norm: float = 1.0
     sampling_rate: float | None = None
+    records: int | None = None
+    grid: int = 1 << 18
+    colluders: int = 0
 
 
 class Study(Section, frozen=True):
@@ -222,6 +231,11 @@ class Study(Section, frozen=True):
     def private(self) -> bool:
         """Whether training is differentially private."""
         return self.privacy.mechanism != "none"
+
+    @property
+    def distributed(self) -> bool:
+        """Whether the noise is added inside the secure sum."""
+        return self.privacy.mechanism == "distributed-sgd"
 
     @property
     def fixed_point(self) -> FixedPoint:
@@ -399,7 +413,7 @@ def _check_privacy(study: Study) -> None:
         if set_without:
             _refuse(
                 "privacy.mechanism",
-                f'"local-sgd", as privacy.{set_without[0]} is set (or leave that out)',
+                f'"local-sgd" or "distributed-sgd", as privacy.{set_without[0]} is set (or leave that out)',
                 privacy.mechanism,
             )
         return
@@ -422,6 +436,30 @@ def _check_privacy(study: Study) -> None:
         )
     if study.model.buffers != "refuse":
         _refuse("model.buffers", '"refuse" under differential privacy', study.model.buffers)
+    _check_distributed(study)
+
+
+def _check_distributed(study: Study) -> None:
+    privacy = study.privacy
+    if not study.distributed:
+        for key, default in (("records", None), ("grid", 1 << 18), ("colluders", 0)):
+            if getattr(privacy, key) != default:
+                _refuse(f"privacy.{key}", 'nothing, as it is for "distributed-sgd"', getattr(privacy, key))
+        return
+    if study.protocol.aggregation != "masked":
+        _refuse(
+            "protocol.aggregation",
+            '"masked" with distributed-sgd: by itself, a site\'s share of the noise hides too little',
+            study.protocol.aggregation,
+        )
+    if study.training.algorithm != "fedsgd":
+        _refuse("training.algorithm", '"fedsgd" with distributed-sgd: a round is one step', study.training.algorithm)
+    if privacy.records is None or privacy.records < 1:
+        _refuse("privacy.records", "the training rows of all sites together, a public number", privacy.records)
+    if not 2 <= privacy.grid <= 1 << 30:
+        _refuse("privacy.grid", "2 to 2^30", privacy.grid)
+    if not 0 <= privacy.colluders < study.threshold:
+        _refuse("privacy.colluders", f"0 to {study.threshold - 1}, below the threshold", privacy.colluders)
 
 
 def _positive(path: str, value: float) -> None:

@@ -85,6 +85,10 @@ class Ring(Struct, frozen=True):
             np.bitwise_and(vector, vector.dtype.type(self.modulus - 1), out=vector)
         return vector
 
+    def embed(self, values: npt.NDArray[np.int64]) -> RingVector:
+        """Signed whole numbers as ring elements, modulo 2**bits; the inverse of `signed` where they fit."""
+        return self.reduce(values.astype(self.dtype))
+
     def signed(self, vector: RingVector) -> npt.NDArray[np.int64]:
         """The representatives in [-2**(bits-1), 2**(bits-1)), as `int64` (two's complement)."""
         shift = 64 - self.bits

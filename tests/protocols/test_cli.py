@@ -226,7 +226,7 @@ def test_a_site_called_budget_is_no_spent_budget(here):
 def test_the_codes_are_those_of_the_help():
     help_text = " ".join(secagg("--help").stdout.replace("│", " ").split())
     assert "Exit codes: 0 done; 1 too many rounds were lost; 2 bad input; 3 the run could not be written;" in help_text
-    assert "4 the privacy budget stopped the study early; 5 a transcript does not hold." in help_text
+    assert "4 the privacy budget stopped the study early; 5 a transcript or a ledger does not hold." in help_text
     assert [int(code) for code in Exit] == [1, 2, 3, 4, 5]
 
 

@@ -20,10 +20,10 @@ from protocols.fedavg import (
     flatten,
     gradient_update,
     load_model_bytes,
+    local_plan,
     local_update,
     model_bytes,
     parameter_count,
-    private_plan,
     private_update,
     training_device,
 )
@@ -392,19 +392,18 @@ def test_private_fedsgd_with_wide_clipping_and_hardly_any_noise_is_fedsgd():
     privacy = {**PRIVATE, "sampling_rate": 1.0, "noise_multiplier": 1e-9, "l2_clip_norm": 100.0}
     private, plain = fedsgd(privacy=privacy), fedsgd()
     data, entropy = hospital("ash"), deterministic_entropy(b"noise")
-    update = private_update(build_model(private, 3), data, private, private_plan(private, 1e-9), entropy)
+    update = private_update(build_model(private, 3), data, private, local_plan(private), entropy)
     expected = gradient_update(build_model(plain, 3), data, CPU)
     np.testing.assert_allclose(update.values, expected.values, rtol=0, atol=1e-6)
     assert (update.weight, update.steps) == (expected.weight, 1)
 
 
 def test_the_private_plan_is_the_studys():
-    plan = private_plan(
+    plan = local_plan(
         study(
-            privacy={**PRIVATE, "l2_clip_norm": 0.7, "sampling_rate": 0.2},
+            privacy={**PRIVATE, "l2_clip_norm": 0.7, "sampling_rate": 0.2, "noise_multiplier": 2.5},
             training={"local_steps": 5, "learning_rate": 0.3, "momentum": 0.1},
-        ),
-        2.5,
+        )
     )
     assert (plan.sampling_rate, plan.steps, plan.noise_multiplier, plan.l2_clip_norm) == (0.2, 5, 2.5, 0.7)
     assert (plan.learning_rate, plan.momentum) == (0.3, 0.1)
@@ -414,7 +413,7 @@ def test_a_private_update_is_noisy_from_the_sites_own_entropy():
     made = study(privacy=PRIVATE)
     updates = [
         private_update(
-            build_model(made, 3), hospital("ash"), made, private_plan(made, 1.0), deterministic_entropy(seed)
+            build_model(made, 3), hospital("ash"), made, local_plan(made), deterministic_entropy(seed)
         ).values
         for seed in (b"one", b"one", b"two")
     ]

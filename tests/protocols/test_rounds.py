@@ -16,8 +16,18 @@ from protocols.memory import Memory
 from protocols.messages import Answer, FinishRequest, Refusal, Reply, Request, Work
 from protocols.policy import Policy
 from protocols.server_view import FALSE_ALARM, _chances_of_uniform
-from secagg.masking.messages import Advertisement, Confirmation, ConfirmationSet, MaskedInput, ShareInbox
+from secagg.masking import client, server
+from secagg.masking.messages import (
+    Advertisement,
+    Confirmation,
+    ConfirmationSet,
+    MaskedInput,
+    ShareInbox,
+    UnmaskShares,
+)
 from secagg.masking.transcript import NO_RECORD, examine, verify_head, write
+from secagg.prg import add_keystream
+from secagg.shamir import recover
 from secagg.wire import decode, encode
 from tests.protocols.hospitals import (
     PRIVATE,
@@ -421,6 +431,65 @@ def test_an_old_state_and_another_model_or_past_give_a_vector_under_masks_of_its
             assert uniform(world, ring.reduce(vectors[i] - vectors[j]))
 
 
+def read_by_smaller_inboxes(world):
+    """A site's state is put back, and it is asked again for its vector of the same sum, each time with one box less.
+
+    The server takes all differences for pairwise masks, waits for the end of the sum, and takes the own mask off too.
+
+    Returns:
+        The differences, what the server has then, and the vector that it is after.
+    """
+    requests, ring, me = world.until("MaskedInput"), world.study.fixed_point.ring, SITES.index("birch")
+    old, boxes = world.states["birch"], decode(decode(requests["birch"], Request).sum.body, ShareInbox).boxes
+    vectors, real = [], world.sites["birch"]._contribute
+
+    def contribute(*given):
+        vector, remembered = real(*given)
+        vectors.append(vector.copy())
+        return vector, remembered
+
+    def masked_with(shown):
+        world.states["birch"] = old
+        inbox = encode(ShareInbox({v: boxes[v] for v in sorted(shown)}))
+        return masked(world, changed(requests["birch"], "sum", body=inbox)).copy()
+
+    world.sites["birch"]._contribute = contribute
+    everything = masked_with(boxes)
+    differences = [ring.reduce(everything - masked_with(boxes.keys() - {v})) for v in boxes]
+    world.states["birch"] = old
+    said = decode(reply_of(world, requests["birch"]).sum.body, MaskedInput)
+    assert all((vector == vectors[0]).all() for vector in vectors)
+    world.states["birch"] = old
+    answers = {name: reply_of(world, request, name) for name, request in world.until("Unmask").items()}
+    shares = {
+        SITES.index(name): decode(reply.sum.body, UnmaskShares).of_self_mask_seed[me] for name, reply in answers.items()
+    }
+    seed, _ = recover(shares, world.study.threshold, lambda found: True)
+    bound = client.mask_id(said.subject.sum_id(said.terms.session_id), range(len(SITES)))
+    bare = ring.reduce(everything - sum(differences))
+    add_keystream(bare, client.self_mask_key(seed, bound, me), -1)
+    return differences, ring.reduce(bare), vectors[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_old_state_and_smaller_inboxes_give_no_vector_away(mode):
+    """Masks depend on who shared: what is left out of one inbox is not the mask that is in the other."""
+    world = World(study(rounds=2, model=WIDE, protocol={"mode": mode}))
+    differences, left, vector = read_by_smaller_inboxes(world)
+    assert len(differences) == 3
+    assert all(uniform(world, noise) for noise in (*differences, left))
+    assert uniform(world, world.study.fixed_point.ring.reduce(left - vector))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_they_would_if_masks_did_not_depend_on_the_inbox(mode, monkeypatch):
+    for module in (client, server):
+        monkeypatch.setattr(module, "mask_id", lambda sum_id, shared: sum_id)
+    world = World(study(rounds=2, model=WIDE, protocol={"mode": mode}))
+    _, left, vector = read_by_smaller_inboxes(world)
+    np.testing.assert_array_equal(left, world.study.fixed_point.ring.reduce(vector))
+
+
 def test_an_old_state_draws_for_another_model_afresh():
     """Else the difference of two private updates would be without noise."""
     world, drawn = World(study(rounds=3, privacy=PRIVATE)), []
@@ -763,12 +832,14 @@ def test_a_site_that_does_not_sign_the_end_is_named_and_not_in_it(spoil):
     assert set(world.coordinator.transcript[-1].signatures) == {0, 2, 3}
 
 
-def test_nothing_is_signed_at_the_end_of_a_semi_honest_or_plain_study():
-    for protocol in ({"mode": "semi-honest"}, {"aggregation": "plain"}):
-        world = World(fedsgd(protocol=protocol))
-        world.run()
-        assert world.coordinator.transcript == []
-        assert reply_of(world, finish(world, b"h" * 32)).finish.body == b""
+@pytest.mark.parametrize("protocol", [{"mode": "semi-honest"}, {"aggregation": "plain"}])
+def test_nothing_is_signed_at_the_end_of_a_semi_honest_or_plain_study(protocol):
+    world = World(fedsgd(protocol=protocol))
+    while world.coordinator.stage != "Finish":
+        world.stage()
+    for name, request in world.coordinator.requests().items():
+        assert reply_of(world, request, name).finish.body == b""
+    assert world.run().coordinator.transcript == []
 
 
 @pytest.mark.parametrize("stage", STAGES)

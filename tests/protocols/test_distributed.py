@@ -1,0 +1,205 @@
+"""Noise that is added inside the secure sum, and the budget ledger that a site writes before each round."""
+
+import numpy as np
+import pytest
+
+import protocols.fedavg
+from dp import DiscreteGaussianSum, Relation, Unit, spent
+from dp.ledger import Cap
+from protocols.engines.faulty import Fault
+from protocols.errors import StudyError
+from protocols.ledger_file import create_ledger, open_ledger
+from protocols.memory import remember
+from protocols.sessions import Sums
+from protocols.site import Site
+from tests.protocols.hospitals import SITES, World, fedsgd, parameters, pooled_gradient, study
+
+ROWS = 50
+NOISY = {
+    "mechanism": "distributed-sgd",
+    "delta": 1e-3,
+    "noise_multiplier": 1.0,
+    "sampling_rate": 0.5,
+    "records": ROWS,
+    "grid": 1 << 16,
+}
+
+
+def noisy(**changes):
+    privacy = {**NOISY, **changes.pop("privacy", {})}
+    return fedsgd(privacy=privacy, **changes)
+
+
+def charged(world, name):
+    return remember(world.states[name]).charged
+
+
+def test_the_step_is_that_of_all_records_together_where_the_noise_is_negligible():
+    """Rate 1, no clipping, next to no noise: the mean over all rows, as if they were in one place."""
+    world = World(noisy(privacy={"sampling_rate": 1.0, "noise_multiplier": 1e-3, "l2_clip_norm": 50.0}))
+    rows = sum(data.train_rows for data in world.data.values())
+    assert rows == ROWS
+    expected = parameters(world.model) - 0.5 * pooled_gradient(
+        world.model, [site.data for site in world.sites.values()]
+    )
+    world.run()
+    assert world.rounds[0].outcome == "opened"
+    assert parameters(world.model) == pytest.approx(expected, abs=5e-3)
+
+
+def test_the_opened_sum_holds_the_noise_of_all_shares_and_no_more(monkeypatch):
+    """No record is drawn, so that the sums are noise alone: of the four survivors, where three are promised."""
+    rare = 1e-9
+    made = noisy(rounds=50, privacy={"sampling_rate": rare})
+    world = World(made)
+    steps = []
+    monkeypatch.setattr(type(world.coordinator._optimizer), "step", lambda self, mean: steps.append(mean))
+    world.run()
+    noise = np.array(steps) * rare * ROWS  # in units of the clip norm
+    assert noise.shape == (50, 4)
+    share = protocols.fedavg.distributed_plan(made, 4).share_sigma / NOISY["grid"]
+    assert share * np.sqrt(3) == pytest.approx(1.0, rel=1e-2)  # the promise: noise_multiplier
+    assert np.std(noise) == pytest.approx(share * np.sqrt(4), rel=0.25)  # 5 standard errors
+
+
+def test_more_survivors_than_promised_are_more_noise_and_less_is_charged():
+    everyone = World(noisy(rounds=2)).run()
+    fewer = World(noisy(rounds=2)).run(Fault("dogwood", "MaskedInput", 0))
+    for world, survivors in ((everyone, {4}), (fewer, {3})):
+        kinds = charged(world, "ash")
+        assert all(isinstance(kind, DiscreteGaussianSum) for kind in kinds)
+        assert {kind.survivors for kind in kinds} == survivors
+        assert sum(kind.steps for kind in kinds) == 2
+    cost = [spent(charged(world, "ash"), 1e-3).epsilon for world in (everyone, fewer)]
+    assert cost[0] < cost[1]
+
+
+def test_a_site_that_never_sees_who_survived_is_charged_the_promise():
+    """It gave its vector: what was opened under it, it cannot know."""
+    world = World(noisy()).run(Fault("ash", "ConsistencyCheck"))
+    assert remember(world.states["ash"]).pending is not None
+    assert [kind.survivors for kind in charged(world, "ash")] == [3]
+    assert [kind.survivors for kind in charged(world, "birch")] == [4]
+
+
+def test_the_shares_are_for_the_threshold_less_the_colluders():
+    plans = {c: protocols.fedavg.distributed_plan(noisy(privacy={"colluders": c}), 4) for c in (0, 1, 2)}
+    shares = {c: plan.share_sigma for c, plan in plans.items()}
+    assert shares[1] / shares[0] == pytest.approx(np.sqrt(3 / 2), rel=1e-3)
+    assert shares[2] / shares[0] == pytest.approx(np.sqrt(3), rel=1e-3)
+
+
+def test_an_epsilon_is_kept_with_as_few_survivors_as_may_be():
+    world = World(noisy(rounds=3, privacy={"noise_multiplier": None, "epsilon": 2.0}))
+    world.run(*(Fault("dogwood", "MaskedInput", number) for number in range(3)))
+    assert [record.outcome for record in world.rounds[:3]] == ["opened"] * 3
+    cost = world.sites["ash"].spent(world.states["ash"])
+    assert 1.9 < cost.epsilon <= 2.0
+    assert cost.unit is Unit.RECORD
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protocol": {"aggregation": "plain"}}, "protocol.aggregation"),
+        ({"privacy": {"records": None}}, "privacy.records"),
+        ({"privacy": {"records": 0}}, "privacy.records"),
+        ({"privacy": {"grid": 1}}, "privacy.grid"),
+        ({"privacy": {"colluders": 3}}, "privacy.colluders"),
+        ({"privacy": {"colluders": -1}}, "privacy.colluders"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_with_its_path(changes, message):
+    with pytest.raises(StudyError, match=f"^{message}: "):
+        noisy(**changes)
+
+
+@pytest.mark.parametrize(("key", "value"), [("records", 51), ("grid", 1 << 17), ("colluders", 1)])
+def test_the_sites_must_agree_on_how_the_noise_is_shared(key, value):
+    assert noisy(privacy={key: value}).digest != noisy().digest
+
+
+def test_distributed_noise_takes_one_gradient_a_round():
+    with pytest.raises(StudyError, match=r"^training\.algorithm: "):
+        study(privacy=NOISY, task={"standardize": "none"})
+
+
+@pytest.mark.parametrize(("key", "value"), [("records", 5), ("grid", 64), ("colluders", 1)])
+def test_its_keys_are_refused_where_the_noise_is_local(key, value):
+    local = {"mechanism": "local-sgd", "delta": 1e-3, "noise_multiplier": 1.0, "sampling_rate": 0.5, key: value}
+    with pytest.raises(StudyError, match=rf"^privacy\.{key}: "):
+        fedsgd(privacy=local)
+
+
+def test_a_grid_too_coarse_for_the_model_is_refused_before_anything_is_sent():
+    world = World(noisy())
+    with pytest.raises(StudyError, match=r"^privacy"):
+        Sums(noisy(privacy={"grid": 2}), world.roster, 3, 100)
+
+
+# --- the ledger
+
+
+def with_ledgers(tmp_path, a_study, *, cap, names=SITES):
+    """A world whose sites write ledgers; gives it and the open ledgers."""
+    world = World(a_study)
+    ledgers = {}
+    for name in names:
+        identity, path = world.identities[name], tmp_path / f"{name}.ledger"
+        if not path.exists():
+            limit = Cap(epsilon=cap, delta=1e-3, relation=Relation.ADD_OR_REMOVE_ONE, unit=Unit.RECORD, records=20)
+            create_ledger(path, site=name, identity=identity, cap=limit, time=0.0)
+        ledgers[name] = open_ledger(path, site=name, identity=identity, roster=world.roster)
+        old = world.sites[name]
+        site = Site(
+            a_study,
+            name,
+            identity,
+            world.roster,
+            world.data[name],
+            policy=old._policy,
+            ledger=ledgers[name],
+            entropy=world.entropy[name],
+        )
+        world.sites[name] = world.engine.sites[name] = site
+    return world, ledgers
+
+
+@pytest.mark.parametrize("privacy", ["distributed-sgd", "local-sgd"])
+def test_what_the_ledger_says_is_what_the_site_remembers(tmp_path, privacy):
+    local = {"mechanism": "local-sgd", "delta": 1e-3, "noise_multiplier": 1.0, "sampling_rate": 0.5}
+    made = noisy(rounds=3) if privacy == "distributed-sgd" else fedsgd(rounds=3, privacy=local)
+    world, ledgers = with_ledgers(tmp_path, made, cap=50.0)
+    world.run(Fault("dogwood", "MaskedInput", 1))
+    for name in SITES:
+        with ledgers[name] as ledger:
+            assert ledger.spent("all").epsilon == pytest.approx(spent(charged(world, name), 1e-3).epsilon)
+
+
+def test_a_cap_that_another_study_has_used_up_stops_the_round_before_anything_is_computed(tmp_path):
+    world, ledgers = with_ledgers(tmp_path, noisy(name="first"), cap=3.0)
+    world.run()
+    with ledgers["ash"] as ledger:
+        before = ledger.spent("all").epsilon
+        rows = ledger.head().sequence
+    assert before < 3.0
+    for ledger in ledgers.values():
+        ledger.__exit__(None, None, None)
+    tight = {"noise_multiplier": 0.7}
+    world, ledgers = with_ledgers(tmp_path, noisy(name="second", privacy=tight), cap=3.0)
+    world.run()
+    assert world.coordinator.stopped is not None
+    assert "budget" in world.coordinator.stopped
+    assert set(world.rounds[0].dropped.values()) == {"refused (budget) at MaskedInput"}
+    assert all(site.evaluations == [] or site.evaluations[0].round is None for site in world.sites.values())
+    with ledgers["ash"] as ledger:
+        assert ledger.spent("all").epsilon == before
+        assert ledger.head().sequence == rows
+
+
+def test_a_round_that_was_reserved_and_never_confirmed_stays_at_its_worst(tmp_path):
+    world, ledgers = with_ledgers(tmp_path, noisy(), cap=50.0)
+    world.run(Fault("ash", "ConsistencyCheck"))
+    promise = world.sites["ash"]._plan.mechanism()
+    with ledgers["ash"] as ledger:
+        assert ledger.spent("all").epsilon == pytest.approx(spent([promise], 1e-3).epsilon)
