@@ -164,6 +164,7 @@ class Coordinator:
         self._heard: set[str] = set()
         self._answered: set[str] = set()
         self._bytes_up = 0
+        self._receipts: dict[str, bytes] = {}  # ends of the sites' ledgers, as they came in the last stage
         self._begin()
 
     @property
@@ -196,6 +197,7 @@ class Coordinator:
         if not self._finished and not self._open:  # asked again within the stage: the same, and what has come is kept
             self._open = _Outgoing(self._ask())
             self._heard, self._answered, self._bytes_up = set(), set(), 0
+            self._receipts = {}
         return self._open
 
     def _ask(self) -> dict[str, Request]:
@@ -209,8 +211,9 @@ class Coordinator:
             record, stage = self.rounds[-1], self._sum.stage
             work = self._work if stage == self._sums.scheme.stages[0] else None
             digest, purpose = model_digest(self._work), self._purposes[0]
+            receipts = tuple(self._receipts.values()) if stage == self._sums.scheme.stages[-1] else ()
             on_sum = {
-                u: SumRequest(record.number, purpose, stage, digest, self._head, body, work)
+                u: SumRequest(record.number, purpose, stage, digest, self._head, body, work, receipts)
                 for u, body in self._sum.requests().items()
             }
         if (keys := self._keys_now()) is not None:
@@ -246,6 +249,8 @@ class Coordinator:
             if request.finish is not None:
                 self.rounds[-1].dropped[site] = "sent a wrong message at Finish"
             return
+        if message.receipt:
+            self._receipts[site] = message.receipt
         if request.sum is not None:
             self._take(site, self._sum, message.sum, self.rounds[-1].dropped)
         if request.keys is not None:

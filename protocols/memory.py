@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from dp import DpError, Mechanism, coalesce
+from dp.ledger import Receipt
 from protocols.messages import Purpose
 from secagg.errors import DecodeError
 from secagg.wire import SecretState, decode
@@ -37,6 +38,7 @@ class Memory(SecretState, frozen=True):
         mechanisms: Everything charged to the privacy budget but `pending`.
         pending: What is charged for a sum whose survivors are not known, as if they were as few as may be.
         reservation: Row of the ledger where the last round is reserved.
+        ledger_head: The end of its own ledger when it last answered; an older one is refused.
         finished: Whether it has signed the end of the study.
         last_request: Digest of the last request, to tell a retry from a second one.
         last_reply: What was answered to it.
@@ -61,6 +63,7 @@ class Memory(SecretState, frozen=True):
     mechanisms: tuple[Mechanism, ...] = ()
     pending: Mechanism | None = None
     reservation: int = 0
+    ledger_head: Receipt | None = None
     finished: bool = False
     last_request: bytes = b""
     last_reply: bytes = b""

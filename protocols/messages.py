@@ -12,6 +12,7 @@ Purpose = Literal["standardize", "train"]
 Reason = Literal["budget", "data", "policy", "protocol"]
 Stage = Annotated[str, Meta(max_length=32)]
 Counter = Annotated[int, Meta(ge=0, lt=1 << 62)]
+LedgerEnd = Annotated[bytes, Meta(max_length=1024)]
 
 Moments = Annotated[tuple[float, ...], Meta(max_length=1 << 16)]
 
@@ -55,6 +56,7 @@ class SumRequest(Message, frozen=True):
         previous: Digest of the record of the sum before, zeros where there is none.
         body: Message of the secure sum.
         work: The encoded `Work`, at the stage at which the site contributes.
+        receipts: At the last stage, the ends of the sites' ledgers as they came with the stage before.
     """
 
     round: Counter
@@ -64,6 +66,7 @@ class SumRequest(Message, frozen=True):
     previous: Digest
     body: bytes
     work: bytes | None = None
+    receipts: Annotated[tuple[LedgerEnd, ...], Meta(max_length=1 << 16)] = ()
 
 
 class FinishRequest(Message, frozen=True):
@@ -100,8 +103,13 @@ Part = Answer | Refusal
 
 
 class Reply(Message, frozen=True):
-    """Site to coordinator: a part for each part of the request."""
+    """Site to coordinator: a part for each part of the request.
+
+    `receipt` is the end of the site's budget ledger, signed, in JSON; the coordinator hands it to the other sites, who
+    keep it, so that a ledger that is rolled back later does not agree with them. Empty where the site has no ledger.
+    """
 
     sum: Part | None = None
     keys: Part | None = None
     finish: Part | None = None
+    receipt: LedgerEnd = b""

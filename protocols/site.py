@@ -30,7 +30,8 @@ from dp import (
     spent,
 )
 from dp.distributed import DistributedSgdPlan
-from dp.ledger import Ledger
+from dp.errors import LedgerError
+from dp.ledger import Ledger, Receipt
 from dp.sgd import DpSgdPlan
 from protocols.datasets import SiteData, heart_reference, require_both_classes
 from protocols.errors import DataError, PolicyRefusal, StudyError
@@ -229,7 +230,11 @@ class Site:
             on_keys, memory = self._on_keys(message.keys, memory, seed)
         if message.finish is not None:
             on_finish, memory = self._on_finish(message.finish, memory)
-        return Reply(on_sum, on_keys, on_finish), memory
+        receipt = b""
+        if self._ledger is not None and message.sum is not None and isinstance(on_sum, Answer):
+            head = self._ledger.head()
+            memory, receipt = msgspec.structs.replace(memory, ledger_head=head), msgspec.json.encode(head)
+        return Reply(on_sum, on_keys, on_finish, receipt), memory
 
     def _refuse(self, error: Exception) -> Refusal:
         self.log.append(f"{self.name}: {error}")
@@ -279,6 +284,7 @@ class Site:
         try:
             memory = self._admit_sum(message, memory)
             # From here on the round is charged, whatever comes of it.
+            self._keep_receipts(message.receipts)
             if message.stage == scheme.stages[0]:
                 entropy = Stream(derive(seed, Label.STAGE, message.work_digest, 2)).read
                 vector, steps = self._contribute(message, memory, entropy)
@@ -328,7 +334,7 @@ class Site:
         if self._plan is None:
             return memory
         planned = self._plan.mechanism()
-        memory = msgspec.structs.replace(memory, reservation=self._reserve(message.round, planned))
+        memory = msgspec.structs.replace(memory, reservation=self._reserve(memory, message.round, planned))
         if isinstance(planned, PoissonSampledGaussian):
             return msgspec.structs.replace(memory, mechanisms=coalesce((*memory.mechanisms, planned)))
         return msgspec.structs.replace(memory, mechanisms=memory.charged, pending=planned)
@@ -394,7 +400,7 @@ class Site:
         if purpose == "train":
             self._check_rounds(memory)
 
-    def _reserve(self, number: int, planned: Mechanism) -> int:
+    def _reserve(self, memory: Memory, number: int, planned: Mechanism) -> int:
         """Write a round into the ledger before it costs anything; gives the row's number.
 
         Raises:
@@ -403,6 +409,8 @@ class Site:
         """
         if self._ledger is None:
             return 0
+        if memory.ledger_head is not None:
+            self._ledger.require(memory.ledger_head)
         privacy = self._study.privacy
         reserved = self._ledger.reserve(
             planned,
@@ -417,6 +425,16 @@ class Site:
             reference=f"round {number}",
         )
         return reserved.sequence
+
+    def _keep_receipts(self, receipts: tuple[bytes, ...]) -> None:
+        """Keep the ends of the others' ledgers. What is wrong with one is for the log: it is no fault of this round."""
+        if self._ledger is None or not receipts:
+            return
+        try:
+            ends = [msgspec.json.decode(receipt, type=Receipt) for receipt in receipts]
+            self._ledger.record_receipts([end for end in ends if end.site != self.name], time=self._clock())
+        except (msgspec.MsgspecError, ValueError, OverflowError, LedgerError) as error:
+            self.log.append(f"{self.name}: a receipt of another site's ledger: {error}")
 
     def _commit(self, memory: Memory, actual: Mechanism) -> None:
         """Say in the ledger what a reserved round has really cost; one that is never said counts as reserved."""

@@ -1,14 +1,17 @@
 """Noise that is added inside the secure sum, and the budget ledger that a site writes before each round."""
 
+import msgspec
 import numpy as np
 import pytest
 
 import protocols.fedavg
 from dp import DiscreteGaussianSum, Relation, Unit, spent
 from dp.ledger import Cap
+from dp.ledger_check import examine
+from dp.ledger_store import read_rows
 from protocols.engines.faulty import Fault
 from protocols.errors import StudyError
-from protocols.ledger_file import create_ledger, open_ledger
+from protocols.ledger_file import create_ledger, open_ledger, verifier
 from protocols.memory import remember
 from protocols.sessions import Sums
 from protocols.site import Site
@@ -203,3 +206,67 @@ def test_a_round_that_was_reserved_and_never_confirmed_stays_at_its_worst(tmp_pa
     promise = world.sites["ash"]._plan.mechanism()
     with ledgers["ash"] as ledger:
         assert ledger.spent("all").epsilon == pytest.approx(spent([promise], 1e-3).epsilon)
+
+
+# --- what the sites keep of each other's ledgers
+
+
+def test_every_site_keeps_the_ends_of_the_others_ledgers(tmp_path):
+    world, ledgers = with_ledgers(tmp_path, noisy(rounds=2), cap=50.0)
+    world.run()
+    for name in SITES:
+        with ledgers[name] as ledger:
+            kept = ledger._account.receipts
+            assert {site for site, _ in kept} == set(SITES) - {name}
+            assert {receipt.sequence > 3 for receipt in kept.values()} == {True}
+
+
+def test_a_ledger_put_back_shows_against_what_another_site_kept(tmp_path):
+    world, ledgers = with_ledgers(tmp_path, noisy(rounds=2), cap=50.0)
+    old = tmp_path / "old"
+    old.mkdir()
+    for file in tmp_path.glob("ash.ledger*"):
+        (old / file.name).write_bytes(file.read_bytes())
+    world.run()
+    for ledger in ledgers.values():
+        ledger.__exit__(None, None, None)
+    for file in tmp_path.glob("ash.ledger*"):
+        file.unlink()
+    for file in old.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    own, others = [read_rows(tmp_path / f"{name}.ledger") for name in ("ash", "birch")]
+    findings = examine(own, verify=verifier(world.roster), others={"birch.ledger": others}).findings
+    assert any("birch" in str(finding) for finding in findings)
+
+
+def test_a_site_does_not_go_on_with_a_ledger_that_is_older_than_its_state(tmp_path):
+    world, ledgers = with_ledgers(tmp_path, noisy(rounds=3), cap=50.0)
+    before = {file: file.read_bytes() for file in tmp_path.glob("ash.ledger*")}
+    world.until("MaskedInput", 1)
+    ledgers["ash"].__exit__(None, None, None)
+    for file in tmp_path.glob("ash.ledger*"):
+        file.unlink()
+    for file, content in before.items():
+        file.write_bytes(content)
+    site = world.sites["ash"]
+    site._ledger = open_ledger(
+        tmp_path / "ash.ledger", site="ash", identity=world.identities["ash"], roster=world.roster
+    )
+    world.run()
+    assert world.rounds[1].dropped["ash"].startswith("refused")
+    assert "ledger" in site.log[0]
+    assert [record.outcome for record in world.rounds[:3]] == ["opened"] * 3
+
+
+@pytest.mark.parametrize("spoilt", [b"{", b"", b"null", b'{"site":"ash"}', b"\xff" * 1024])
+def test_receipts_that_are_none_cost_nobody_the_round(tmp_path, spoilt):
+    world, _ = with_ledgers(tmp_path, noisy(), cap=50.0)
+    world.until("Unmask")
+    world.coordinator._open.messages["birch"] = msgspec.structs.replace(
+        world.coordinator._open.messages["birch"],
+        sum=msgspec.structs.replace(world.coordinator._open.messages["birch"].sum, receipts=(spoilt,)),
+    )
+    world.run()
+    assert world.rounds[0].outcome == "opened"
+    assert world.rounds[0].dropped == {}
+    assert "a receipt of another site's ledger" in world.sites["birch"].log[0]
