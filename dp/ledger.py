@@ -426,7 +426,7 @@ class Ledger:
     def _catch_up(self) -> None:
         """Read what was written since, by this process or another, and check it."""
         before = self._account.last
-        with told(self.path):
+        with told(self.path), self._one_moment():
             if before is not None:
                 query = "SELECT digest FROM row WHERE sequence = ?"
                 kept = self._database.execute(query, (before.sequence,)).fetchone()
@@ -441,6 +441,18 @@ class Ledger:
             given = highest(self._database)
         if given > self._last.sequence:
             raise LedgerError(f"{self.path}: {missing_at_the_end(self._last.sequence, given)}; {DAMAGED}")
+
+    @contextlib.contextmanager
+    def _one_moment(self) -> Iterator[None]:
+        """All that is read inside is of one moment, whoever writes meanwhile."""
+        if self._database.in_transaction:
+            yield
+            return
+        self._database.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._database.execute("ROLLBACK")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -26,9 +26,9 @@ from typing import Literal
 import torch
 from msgspec import Struct
 
-from dp import decode_gradient
+from dp import ParticipantPlan, decode_gradient, decode_participants
 from protocols.aggregation import KeyServer, Staged, Sum, SumServer, Unprotected
-from protocols.fedavg import ServerOptimizer, flatten, model_bytes, model_digest
+from protocols.fedavg import ServerOptimizer, flatten, model_bytes, model_digest, rotation_seed
 from protocols.messages import (
     Answer,
     FinishRequest,
@@ -373,7 +373,11 @@ class Coordinator:
             weight = self._take_moments(self._sums.exact.decode(result.total))
         elif (plan := self._sums.distributed) is not None:
             weight, noisy = 0, self._sums.noisy_ring.signed(result.total)
-            self._optimizer.step(-decode_gradient(noisy, plan, self._study.privacy.records or 1))
+            if isinstance(plan, ParticipantPlan):
+                updates = decode_participants(noisy, plan, rotation_seed(model_digest(self._work)))
+                self._optimizer.step(updates / len(result.contributors))
+            else:
+                self._optimizer.step(-decode_gradient(noisy, plan, self._study.privacy.records or 1))
         else:
             weight, mean = self._sums.fixed_point.decode(result.total)
             self._optimizer.step(mean)

@@ -25,8 +25,8 @@ from msgspec import Struct
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dp import DpError, Entropy, calibrate, calibrate_noise_multiplier
-from dp.distributed import DistributedSgdPlan, sgd_contribution
+from dp import DpError, Entropy, Unit, calibrate, calibrate_noise_multiplier
+from dp.distributed import DistributedSgdPlan, ParticipantPlan, sgd_contribution, solve_participant_plan
 from dp.sgd import DpSgdPlan
 from dp.sgd import train as train_privately
 from protocols.datasets import SiteData
@@ -36,6 +36,9 @@ from protocols.study import Server, Study, Training
 from secagg.errors import DecodeError, LocalProtocolError
 
 Vector = npt.NDArray[np.float32]
+
+# Room for the sum of participants' noisy vectors, where a study does not say how much.
+PARTICIPANT_RING_BITS = 20
 
 # What a model's own code may raise, torch's complaints about shapes and dtypes included.
 _MODEL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
@@ -244,8 +247,8 @@ def local_plan(study: Study) -> DpSgdPlan | None:
     )
 
 
-def distributed_plan(study: Study, dimension: int) -> DistributedSgdPlan | None:
-    """One round's step of DP-SGD over all sites, with the least noise that keeps the study's epsilon, or None.
+def distributed_plan(study: Study, dimension: int) -> DistributedSgdPlan | ParticipantPlan | None:
+    """One round's sum with shared noise, with the least that keeps the study's epsilon; None where none is shared.
 
     Shares are for the threshold of survivors less the colluders, so that no drop-out weakens the guarantee.
 
@@ -255,6 +258,22 @@ def distributed_plan(study: Study, dimension: int) -> DistributedSgdPlan | None:
     if not study.distributed:
         return None
     privacy = study.privacy
+    if study.unit is Unit.PARTICIPANT:
+        try:
+            return solve_participant_plan(
+                ring_bits=study.protocol.ring_bits or PARTICIPANT_RING_BITS,
+                shares=len(study.sites),
+                dimension=dimension,
+                l2_clip_norm=privacy.l2_clip_norm,
+                epsilon=privacy.epsilon or 0.0,
+                delta=privacy.delta or 0.0,
+                steps=study.rounds,
+                threshold=study.threshold,
+                colluders=privacy.colluders,
+                relation=privacy.relation,
+            )
+        except DpError as error:
+            raise StudyError(f"privacy: {error}") from error
 
     def plan(noise_multiplier: float) -> DistributedSgdPlan:
         return DistributedSgdPlan(
@@ -281,6 +300,11 @@ def distributed_plan(study: Study, dimension: int) -> DistributedSgdPlan | None:
         )
     except DpError as error:
         raise StudyError(f"privacy: {error}") from error
+
+
+def rotation_seed(work_digest: bytes) -> bytes:
+    """32 public bytes for the signs by which all participants of a round turn their vectors before rounding."""
+    return hashlib.sha256(b"secagg rotation\0" + work_digest).digest()
 
 
 def distributed_contribution(

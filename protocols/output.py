@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from dp import Unit
 from protocols.errors import OutputError
 from protocols.fedavg import model_bytes
 from protocols.rosters import roster_text
@@ -41,13 +42,13 @@ def statement(run: Run) -> str:
         return f"{first} There is no differential privacy: the model itself may tell about single records."
     worst = max(spent, key=lambda s: s.epsilon)
     promise = (
-        f"({worst.epsilon:.3f}, {worst.delta:g})-differential privacy ({worst.relation}, one record, "
+        f"({worst.epsilon:.3f}, {worst.delta:g})-differential privacy ({worst.relation}, one {worst.unit}, "
         f"{worst.accountant.upper()} accountant)"
     )
     if study.distributed:
-        colluders = study.privacy.colluders
+        colluders, unit = study.privacy.colluders, "record" if study.unit is Unit.RECORD else "participant"
         return (
-            f"{first} Every training record is protected by {promise} against the server and whoever reads the model: "
+            f"{first} Every {unit} is protected by {promise} against the server and whoever reads the model: "
             "the noise is added inside the sum, by all hospitals together, so that this holds as long as the sum stays "
             "closed, and as long as "
             + (f"at most {colluders} of them tell their share of it." if colluders else "none of them tells its share.")

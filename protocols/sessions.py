@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dp import DpError
+from dp.distributed import ParticipantPlan
 from protocols.aggregation import Masked, Plain, Scheme
 from protocols.errors import StudyError
 from protocols.fedavg import distributed_plan
@@ -27,7 +28,7 @@ class Sums:
     Attributes:
         scheme: How vectors are summed.
         roster: Names and keys.
-        distributed: One round's step where noise is added inside the sum, else None.
+        distributed: How one round's vectors get their shares of the noise where it is added inside the sum, else None.
 
     Raises:
         StudyError: The roster is of other sites, or too small.
@@ -63,13 +64,15 @@ class Sums:
 
     @property
     def noisy_ring(self) -> Ring:
-        """What clipped gradients and their noise are summed in, where noise is added inside the sum.
+        """What clipped gradients or updates and their noise are summed in, where noise is added inside the sum.
 
         Raises:
             StudyError: No ring is wide enough, or there is no such noise.
         """
         if self.distributed is None:
             raise StudyError("privacy.mechanism: no noise is added inside this study's sums")
+        if isinstance(self.distributed, ParticipantPlan):
+            return Ring(self.distributed.ring_bits)
         try:
             return Ring(self.distributed.ring_bits(self._study.privacy.records or 1, self._study.rounds))
         except (DpError, LocalProtocolError) as error:
@@ -89,7 +92,8 @@ class Sums:
         if purpose == "standardize":
             dimension, ring = self.exact.dimension(1 + 2 * self._features), self.exact.ring
         elif self.distributed is not None:
-            dimension, ring = self._entries, self.noisy_ring
+            padded = self.distributed.padded if isinstance(self.distributed, ParticipantPlan) else self._entries
+            dimension, ring = padded, self.noisy_ring
         else:
             dimension, ring = 1 + self._entries, self.fixed_point.ring
         return Subject(purpose, work_digest, previous, dimension, ring.bits)

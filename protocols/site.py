@@ -29,7 +29,7 @@ from dp import (
     coalesce,
     spent,
 )
-from dp.distributed import DistributedSgdPlan
+from dp.distributed import DistributedSgdPlan, ParticipantPlan, participant_contribution
 from dp.errors import LedgerError
 from dp.ledger import Ledger, Receipt
 from dp.sgd import DpSgdPlan
@@ -45,6 +45,7 @@ from protocols.fedavg import (
     local_plan,
     local_update,
     private_update,
+    rotation_seed,
     training_device,
 )
 from protocols.memory import Memory, remember
@@ -378,7 +379,7 @@ class Site:
         subject = memory.work_digest if memory.purpose == "train" else memory.purpose.encode()
         earlier = (frozenset(cohort) for summed, cohort in memory.cohorts if summed == subject)
         self._policy.check_cohort(earlier, shown, self._sums.roster.name, self._me)
-        if isinstance(self._plan, DistributedSgdPlan) and memory.purpose == "train":
+        if isinstance(self._plan, DistributedSgdPlan | ParticipantPlan) and memory.purpose == "train":
             # More survivors than promised, more noise. From here on this site gives its part for no other set.
             actual = self._plan.mechanism(survivors=len(shown))
             self._commit(memory, actual)
@@ -456,13 +457,17 @@ class Site:
         if isinstance(self._plan, DistributedSgdPlan):
             noisy = distributed_contribution(model, self.data, study, self._plan, entropy)
             return self._sums.noisy_ring.embed(noisy), 1
-        if self._plan is not None:
+        if isinstance(self._plan, DpSgdPlan):
             update = private_update(model, self.data, study, self._plan, entropy)
         elif study.training.algorithm == "fedsgd":
             update = gradient_update(model, self.data, self._device)
         else:
             seed = (study.seed, self._me)
             update = local_update(model, self.data, study.training, self._device, seed=seed, steps_done=memory.steps)
+        if isinstance(self._plan, ParticipantPlan):
+            turned = rotation_seed(message.work_digest)
+            noisy = participant_contribution(update.values.astype(np.float64), self._plan, turned, entropy)
+            return self._sums.noisy_ring.embed(noisy), update.steps
         weight, fixed = update.weight if study.training.weighting == "records" else 1, self._sums.fixed_point
         encoded = fixed.encode(update.values, weight, Stream(entropy(16)))
         if encoded.clipped:

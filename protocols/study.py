@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from dp import Relation
+from dp import Relation, Unit
 from protocols.errors import StudyError
 from protocols.toml_file import Section, parse, read_text
 from secagg.errors import HeadroomError, LocalProtocolError
@@ -152,22 +152,24 @@ class Privacy(Section, frozen=True):
             everyone outside the site, the other sites and the server included; "distributed-sgd": each round is one
             step of DP-SGD over all sites' records, every site adds a share of the noise, and the sum that the server
             opens has as much as one trusted party would add. It holds as long as the secure sum does.
-        unit: What one record stands for. Only "record".
+            "distributed-participant": every site is one participant, whose whole update is what is protected; its noise
+            is shared likewise.
+        unit: Whose privacy: "record", or "participant" with distributed-participant.
         relation: "add-or-remove-one" or "replace-one".
         epsilon: The budget for the whole study. Training stops before a round that would exceed it.
         delta: Chance with which the bound may fail; below one over the number of records.
         noise_multiplier: Deviation of the noise over the clip norm. By default the least that reaches `epsilon` in
             the study's rounds.
-        l2_clip_norm: Longest gradient of one record.
+        l2_clip_norm: Longest gradient of one record; with distributed-participant, longest update.
         sampling_rate: Chance of a record to be in a step, the same at every site.
         records: Training rows of all sites together, or about; public. Only for distributed-sgd, whose mean gradient
             is the sum over the expected draw, this times the sampling rate.
         grid: Steps from 0 to the clip norm to which every record's gradient is rounded, for distributed-sgd.
-        colluders: Sites whose shares of the noise are taken to be known to whoever looks, for distributed-sgd.
+        colluders: Sites whose shares of the noise are taken to be known to whoever looks, where it is shared.
     """
 
-    mechanism: Literal["none", "local-sgd", "distributed-sgd"] = "none"
-    unit: Literal["record"] = "record"
+    mechanism: Literal["none", "local-sgd", "distributed-sgd", "distributed-participant"] = "none"
+    unit: Unit | None = None
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
     epsilon: float | None = None
     delta: float | None = None
@@ -235,7 +237,12 @@ class Study(Section, frozen=True):
     @property
     def distributed(self) -> bool:
         """Whether the noise is added inside the secure sum."""
-        return self.privacy.mechanism == "distributed-sgd"
+        return self.privacy.mechanism in ("distributed-sgd", "distributed-participant")
+
+    @property
+    def unit(self) -> Unit:
+        """Whose privacy the study's epsilon is about."""
+        return Unit.PARTICIPANT if self.privacy.mechanism == "distributed-participant" else Unit.RECORD
 
     @property
     def fixed_point(self) -> FixedPoint:
@@ -399,6 +406,8 @@ def _check_protocol(study: Study) -> None:
         if getattr(protocol, key) < lowest:
             _refuse(f"protocol.{key}", f"at least {lowest}", getattr(protocol, key))
     _positive("protocol.max_update", protocol.max_update)
+    if study.distributed:
+        return  # its sums are of whole numbers, in a ring of their own
     try:
         _ = study.fixed_point
     except (HeadroomError, LocalProtocolError) as error:
@@ -421,12 +430,17 @@ def _check_privacy(study: Study) -> None:
         _refuse("privacy.delta", "a delta: an epsilon means nothing without one", None)
     elif not 0 < privacy.delta < 1:
         _refuse("privacy.delta", "a number between 0 and 1", privacy.delta)
+    if privacy.unit not in (None, study.unit):
+        _refuse("privacy.unit", f'"{study.unit}" with {privacy.mechanism}', str(privacy.unit))
     if privacy.epsilon is None and privacy.noise_multiplier is None:
         _refuse("privacy.epsilon", "an epsilon, a noise_multiplier or both", None)
     for key in ("epsilon", "noise_multiplier", "l2_clip_norm"):
         if getattr(privacy, key) is not None:
             _positive(f"privacy.{key}", getattr(privacy, key))
-    if privacy.sampling_rate is None or not 0 < privacy.sampling_rate <= 1:
+    if privacy.mechanism == "distributed-participant":
+        if privacy.sampling_rate is not None:
+            _refuse("privacy.sampling_rate", "none: every participant is in every round", privacy.sampling_rate)
+    elif privacy.sampling_rate is None or not 0 < privacy.sampling_rate <= 1:
         _refuse("privacy.sampling_rate", "above 0 and at most 1", privacy.sampling_rate)
     if study.task.standardize in ("global", "site"):
         _refuse(
@@ -442,24 +456,34 @@ def _check_privacy(study: Study) -> None:
 def _check_distributed(study: Study) -> None:
     privacy = study.privacy
     if not study.distributed:
-        for key, default in (("records", None), ("grid", 1 << 18), ("colluders", 0)):
-            if getattr(privacy, key) != default:
-                _refuse(f"privacy.{key}", 'nothing, as it is for "distributed-sgd"', getattr(privacy, key))
+        _refuse_given(study, ("records", "grid", "colluders"))
         return
     if study.protocol.aggregation != "masked":
         _refuse(
             "protocol.aggregation",
-            '"masked" with distributed-sgd: by itself, a site\'s share of the noise hides too little',
+            '"masked" where noise is shared: by itself, a site\'s share of it hides too little',
             study.protocol.aggregation,
         )
+    if not 0 <= privacy.colluders < study.threshold:
+        _refuse("privacy.colluders", f"0 to {study.threshold - 1}, below the threshold", privacy.colluders)
+    if privacy.mechanism == "distributed-participant":
+        _refuse_given(study, ("records", "grid", "noise_multiplier"))
+        if study.training.weighting != "uniform":
+            _refuse("training.weighting", '"uniform": a participant is one vector', study.training.weighting)
+        return
     if study.training.algorithm != "fedsgd":
         _refuse("training.algorithm", '"fedsgd" with distributed-sgd: a round is one step', study.training.algorithm)
     if privacy.records is None or privacy.records < 1:
         _refuse("privacy.records", "the training rows of all sites together, a public number", privacy.records)
     if not 2 <= privacy.grid <= 1 << 30:
         _refuse("privacy.grid", "2 to 2^30", privacy.grid)
-    if not 0 <= privacy.colluders < study.threshold:
-        _refuse("privacy.colluders", f"0 to {study.threshold - 1}, below the threshold", privacy.colluders)
+
+
+def _refuse_given(study: Study, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        value = getattr(study.privacy, key)
+        if value != getattr(Privacy(), key):
+            _refuse(f"privacy.{key}", f"nothing, as {study.privacy.mechanism} has no use for it", value)
 
 
 def _positive(path: str, value: float) -> None:

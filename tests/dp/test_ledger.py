@@ -16,6 +16,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from dp import ledger as ledger_module
 from dp import ledger_check, ledger_rows, ledger_store
 from dp.accounting import Spent, spent
 from dp.errors import BudgetExceeded, DpError, LedgerError, LedgerLocked, ParameterError
@@ -543,6 +544,23 @@ def race(path, attempts, barrier, results):
             except BudgetExceeded:
                 continue
             results.put(1)
+
+
+def test_a_row_that_another_process_writes_while_one_reads_is_not_missing(tmp_path, monkeypatch):
+    """The number that the file has given last is of the same moment as the rows."""
+    path = made(tmp_path)
+    with opened(path) as reader, opened(path) as writer:
+        original = ledger_module.highest
+
+        def meanwhile(database):
+            if database is reader._database:
+                reserve(writer)
+            return original(database)
+
+        monkeypatch.setattr(ledger_module, "highest", meanwhile)
+        before = reader.head().sequence
+        monkeypatch.undo()
+        assert reader.head().sequence > before
 
 
 def test_processes_that_race_never_go_above_the_cap_together(tmp_path):

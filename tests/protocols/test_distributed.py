@@ -140,6 +140,58 @@ def test_a_grid_too_coarse_for_the_model_is_refused_before_anything_is_sent():
         Sums(noisy(privacy={"grid": 2}), world.roster, 3, 100)
 
 
+# --- participants
+
+
+PARTICIPANTS = {"mechanism": "distributed-participant", "epsilon": 50.0, "delta": 1e-3, "l2_clip_norm": 5.0}
+
+
+def participants(**changes):
+    privacy = {**PARTICIPANTS, **changes.pop("privacy", {})}
+    training = {"weighting": "uniform", **changes.pop("training", {})}
+    return study(privacy=privacy, training=training, task={"standardize": "none"}, **changes)
+
+
+def test_the_model_moves_by_the_mean_of_the_participants_updates_but_for_noise_and_rounding():
+    """At an epsilon that hides nothing, next to the same study without noise."""
+    noisy_one = World(participants(privacy={"epsilon": 100.0})).run()
+    plain = World(study(training={"weighting": "uniform"}, task={"standardize": "none"})).run()
+    assert noisy_one.rounds[0].outcome == "opened"
+    assert parameters(noisy_one.model) == pytest.approx(parameters(plain.model), abs=0.4)
+    assert parameters(noisy_one.model) != pytest.approx(parameters(plain.model), abs=1e-12)
+
+
+def test_the_account_is_of_participants_and_of_those_who_survived():
+    world = World(participants(rounds=2)).run(Fault("dogwood", "MaskedInput", 0))
+    (kind,) = charged(world, "ash")
+    assert (kind.unit, kind.survivors, kind.steps) == (Unit.PARTICIPANT, 3, 2)
+    cost = world.sites["ash"].spent(world.states["ash"])
+    assert cost.unit is Unit.PARTICIPANT
+    assert cost.epsilon <= 50.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"privacy": {"sampling_rate": 0.5}}, "privacy.sampling_rate"),
+        ({"privacy": {"records": 5}}, "privacy.records"),
+        ({"privacy": {"grid": 64}}, "privacy.grid"),
+        ({"privacy": {"unit": "record"}}, "privacy.unit"),
+        ({"privacy": {"epsilon": None, "noise_multiplier": 1.0}}, "privacy.noise_multiplier"),
+        ({"training": {"weighting": "records"}}, "training.weighting"),
+        ({"protocol": {"aggregation": "plain"}}, "protocol.aggregation"),
+    ],
+)
+def test_a_study_of_participants_that_cannot_be_is_refused_with_its_path(changes, message):
+    with pytest.raises(StudyError, match=f"^{message}: "):
+        participants(**changes)
+
+
+def test_a_ring_too_small_for_the_participants_noise_is_refused():
+    with pytest.raises(StudyError, match=r"^privacy: a ring of 3 bits is too small"):
+        World(participants(protocol={"ring_bits": 3}))
+
+
 # --- the ledger
 
 
