@@ -232,9 +232,13 @@ class Site:
         if message.finish is not None:
             on_finish, memory = self._on_finish(message.finish, memory)
         receipt = b""
-        if self._ledger is not None and message.sum is not None and isinstance(on_sum, Answer):
-            head = self._ledger.head()
-            memory, receipt = msgspec.structs.replace(memory, ledger_head=head), msgspec.json.encode(head)
+        if self._ledger is not None and isinstance(on_sum, Answer):
+            try:
+                head = self._ledger.head()
+            except LedgerError as error:
+                self.log.append(f"{self.name}: {error}")
+            else:
+                memory, receipt = msgspec.structs.replace(memory, ledger_head=head), msgspec.json.encode(head)
         return Reply(on_sum, on_keys, on_finish, receipt), memory
 
     def _refuse(self, error: Exception) -> Refusal:
@@ -283,7 +287,7 @@ class Site:
     def _on_sum(self, message: SumRequest, memory: Memory, seed: bytes) -> tuple[Part, Memory]:
         scheme, steps = self._scheme, 0
         try:
-            memory = self._admit_sum(message, memory)
+            memory = self._admit_sum(message, memory, seed)
             # From here on the round is charged, whatever comes of it.
             self._keep_receipts(message.receipts)
             if message.stage == scheme.stages[0]:
@@ -309,7 +313,7 @@ class Site:
             memory = memory.without_sum()
         return Answer(memoryview(body)), memory
 
-    def _admit_sum(self, message: SumRequest, memory: Memory) -> Memory:
+    def _admit_sum(self, message: SumRequest, memory: Memory, seed: bytes) -> Memory:
         """Check that the message follows on the last one, and charge the round if it is the one to contribute at.
 
         Raises:
@@ -335,7 +339,7 @@ class Site:
         if self._plan is None:
             return memory
         planned = self._plan.mechanism()
-        memory = msgspec.structs.replace(memory, reservation=self._reserve(memory, message.round, planned))
+        memory = msgspec.structs.replace(memory, reservation=self._reserve(message, memory, planned, seed))
         if isinstance(planned, PoissonSampledGaussian):
             return msgspec.structs.replace(memory, mechanisms=coalesce((*memory.mechanisms, planned)))
         return msgspec.structs.replace(memory, mechanisms=memory.charged, pending=planned)
@@ -401,8 +405,11 @@ class Site:
         if purpose == "train":
             self._check_rounds(memory)
 
-    def _reserve(self, memory: Memory, number: int, planned: Mechanism) -> int:
+    def _reserve(self, message: SumRequest, memory: Memory, planned: Mechanism, seed: bytes) -> int:
         """Write a round into the ledger before it costs anything; gives the row's number.
+
+        Asked again after a crash, this site draws the same from the same seed, and finds the row that it wrote. From
+        any other seed, as when the study is run again, the round is another one and costs again.
 
         Raises:
             BudgetExceeded: The ledger's cap or the study's budget does not allow it.
@@ -423,7 +430,7 @@ class Site:
             delta=privacy.delta or 0.0,
             epsilon=privacy.epsilon,
             time=self._clock(),
-            reference=f"round {number}",
+            reference=f"round {message.round} {derive(seed, Label.STAGE, message.work_digest, 3).hex()}",
         )
         return reserved.sequence
 

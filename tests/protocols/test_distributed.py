@@ -13,8 +13,11 @@ from protocols.engines.faulty import Fault
 from protocols.errors import StudyError
 from protocols.ledger_file import create_ledger, open_ledger, verifier
 from protocols.memory import remember
+from protocols.messages import Reply
 from protocols.sessions import Sums
 from protocols.site import Site
+from secagg.prg import deterministic_entropy
+from secagg.wire import decode
 from tests.protocols.hospitals import SITES, World, fedsgd, parameters, pooled_gradient, study
 
 ROWS = 50
@@ -195,11 +198,12 @@ def test_a_ring_too_small_for_the_participants_noise_is_refused():
 # --- the ledger
 
 
-def with_ledgers(tmp_path, a_study, *, cap, names=SITES):
-    """A world whose sites write ledgers; gives it and the open ledgers."""
+def with_ledgers(tmp_path, a_study, *, cap, seed=b"world"):
+    """A world whose sites write ledgers, the same sites for all seeds; gives it and the open ledgers."""
     world = World(a_study)
+    world.entropy = {name: deterministic_entropy(seed + name.encode()) for name in SITES}
     ledgers = {}
-    for name in names:
+    for name in SITES:
         identity, path = world.identities[name], tmp_path / f"{name}.ledger"
         if not path.exists():
             limit = Cap(epsilon=cap, delta=1e-3, relation=Relation.ADD_OR_REMOVE_ONE, unit=Unit.RECORD, records=20)
@@ -250,6 +254,39 @@ def test_a_cap_that_another_study_has_used_up_stops_the_round_before_anything_is
     with ledgers["ash"] as ledger:
         assert ledger.spent("all").epsilon == before
         assert ledger.head().sequence == rows
+
+
+def test_a_study_that_is_run_again_costs_again(tmp_path):
+    """Its rounds have the same numbers and other noise: what is opened then has not been paid for."""
+    costs = []
+    for seed in (b"one", b"two"):
+        world, ledgers = with_ledgers(tmp_path, noisy(), cap=50.0, seed=seed)
+        world.run()
+        costs.append(ledgers["ash"].spent("all").epsilon)
+        for ledger in ledgers.values():
+            ledger.__exit__(None, None, None)
+    assert costs[1] > 1.2 * costs[0]
+
+
+def test_a_site_that_is_asked_again_after_a_crash_is_charged_once(tmp_path):
+    world, ledgers = with_ledgers(tmp_path, noisy(), cap=50.0)
+    request = world.until("MaskedInput")["ash"]
+    before = world.states["ash"]
+    first = decode(world.ask("ash", request), Reply)
+    spent_once = ledgers["ash"].spent("all").epsilon
+    world.states["ash"] = before  # it went down before it kept its state
+    again = decode(world.ask("ash", request), Reply)
+    assert (again.sum, again.keys) == (first.sum, first.keys)
+    assert ledgers["ash"].spent("all").epsilon == spent_once > 0
+
+
+def test_a_ledger_that_fails_in_the_middle_costs_the_round_and_does_not_stop_the_site(tmp_path):
+    world, ledgers = with_ledgers(tmp_path, noisy(), cap=50.0)
+    world.until("MaskedInput")
+    ledgers["ash"]._database.execute("PRAGMA query_only = 1")
+    world.run()
+    assert world.rounds[0].dropped["ash"] == "refused (data) at MaskedInput"
+    assert world.rounds[0].outcome == "opened"
 
 
 def test_a_round_that_was_reserved_and_never_confirmed_stays_at_its_worst(tmp_path):
