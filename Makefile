@@ -47,6 +47,8 @@ bench: setup
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/masking.py --check --json benchmarks/results/masking.json
 	$(BIN)/python benchmarks/flamby_heart.py --check --json benchmarks/results/flamby_heart.json
+	$(BIN)/python benchmarks/dp_samplers.py --check --json benchmarks/results/dp_samplers.json
+	$(BIN)/python benchmarks/dp_mean.py --check --json benchmarks/results/dp_mean.json
 
 # In copies of the tree. SAMPLE=n tries n guards only, drawn by the commit or by SEED=..., which the output tells.
 guards: setup
