@@ -243,3 +243,8 @@ def test_pack_checks_its_vector(vector):
 def test_pack_refuses_what_is_no_array():
     with pytest.raises(LocalProtocolError):
         Ring(20).pack([1, 2, 3])
+
+
+def test_a_length_that_the_bytes_do_not_have_is_refused_before_anything_is_allocated():
+    with pytest.raises(DecodeError, match="70368744177664 values of 26 bits take"):
+        Ring(26).unpack(b"", 1 << 46)
