@@ -22,7 +22,7 @@ from dp.sgd import DpSgdPlan
 from protocols.datasets import SiteData, heart_reference
 from protocols.errors import DataError, StudyError
 from protocols.fedavg import build_model, local_plan, training_device
-from protocols.run import _threads_for
+from protocols.run import threads_for
 from protocols.study import Study
 
 CANARIES = 5000
@@ -96,7 +96,7 @@ def attack_study(
     count = max(1, canaries // 5) if guesses is None else guesses
     judge = Judge(claimed, privacy.delta, canaries, count, significance, privacy.relation)
     model = build_model(study, len(data[name].features))
-    with _threads_for(model):
+    with threads_for(model):
         run = _with_canaries(model, study, data[name], canaries, entropy)
         for _ in range(rounds):
             run.train(plan, entropy)

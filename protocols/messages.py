@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from secagg.wire import Digest, Message
+from secagg.wire import Counter, Digest, Message
 
 Purpose = Literal["standardize", "train"]
 Reason = Literal["budget", "data", "policy", "protocol"]
 Stage = Annotated[str, Meta(max_length=32)]
-Counter = Annotated[int, Meta(ge=0, lt=1 << 62)]
 LedgerEnd = Annotated[bytes, Meta(max_length=1024)]
 
 Moments = Annotated[tuple[float, ...], Meta(max_length=1 << 16)]

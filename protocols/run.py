@@ -188,7 +188,7 @@ def run_study(
     roster = Roster.of({name: identity.public for name, identity in identities.items()})
     (columns,) = features
     model = build_model(study, len(columns))
-    with _threads_for(model), ExitStack() as opened:
+    with threads_for(model), ExitStack() as opened:
         ledgers = {
             name: opened.enter_context(
                 open_ledger(file.ledger, site=name, identity=identities[name], roster=file.roster)
@@ -330,7 +330,7 @@ def _without_privacy(study: Study, data: Mapping[str, SiteData]) -> Study:
 
 
 @contextmanager
-def _threads_for(model: torch.nn.Module) -> Iterator[None]:
+def threads_for(model: torch.nn.Module) -> Iterator[None]:
     """One thread for a small model, torch's own choice for a large one."""
     before = torch.get_num_threads()
     if flatten(model).size < _SMALL_MODEL:

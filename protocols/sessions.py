@@ -51,6 +51,8 @@ class Sums:
             raise StudyError(f"protocol: {error}") from error
         self._study, self._features, self._entries = study, features, entries
         self.distributed = distributed_plan(study, entries)
+        if self.distributed is not None:
+            _ = self.noisy_ring  # refused here, before anything is sent
 
     @property
     def signed(self) -> bool:
@@ -69,14 +71,20 @@ class Sums:
         Raises:
             StudyError: No ring is wide enough, or there is no such noise.
         """
-        if self.distributed is None:
+        plan, given = self.distributed, self._study.protocol.ring_bits
+        if plan is None:
             raise StudyError("privacy.mechanism: no noise is added inside this study's sums")
-        if isinstance(self.distributed, ParticipantPlan):
-            return Ring(self.distributed.ring_bits)
+        if isinstance(plan, ParticipantPlan):
+            return Ring(plan.ring_bits)
+        sums = self._study.privacy.records or 1, self._study.rounds
         try:
-            return Ring(self.distributed.ring_bits(self._study.privacy.records or 1, self._study.rounds))
+            if given is None:
+                return Ring(plan.ring_bits(*sums))
+            plan.check_ring(given, *sums)
+            return Ring(given)
         except (DpError, LocalProtocolError) as error:
-            raise StudyError(f"privacy.grid: {error}") from error
+            where = "privacy.grid" if given is None else "protocol.ring_bits"
+            raise StudyError(f"{where}: {error}") from error
 
     @property
     def exact(self) -> ExactSum:

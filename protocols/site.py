@@ -441,7 +441,7 @@ class Site:
         try:
             ends = [msgspec.json.decode(receipt, type=Receipt) for receipt in receipts]
             self._ledger.record_receipts([end for end in ends if end.site != self.name], time=self._clock())
-        except (msgspec.MsgspecError, ValueError, OverflowError, LedgerError) as error:
+        except (msgspec.MsgspecError, ValueError, OverflowError, DpError) as error:
             self.log.append(f"{self.name}: a receipt of another site's ledger: {error}")
 
     def _commit(self, memory: Memory, actual: Mechanism) -> None:

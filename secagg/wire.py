@@ -25,6 +25,7 @@ Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(max_length=64)]
 Number = Annotated[int, Meta(ge=0, lt=1 << 16)]
+Counter = Annotated[int, Meta(ge=0, lt=1 << 62)]
 
 # MessagePack's header of an array: of up to 15 fields, to which their number is added, and of more, which their number
 # in two bytes follows. And of bytes that are at least so long, which their length in four bytes follows.

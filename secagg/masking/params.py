@@ -19,11 +19,10 @@ from secagg.errors import LocalProtocolError
 from secagg.keys import Roster
 from secagg.prg import Label, domain
 from secagg.ring import Ring
-from secagg.wire import Digest, Message
+from secagg.wire import Counter, Digest, Message
 
 SUITE = "X25519-Ed25519-HKDFSHA256-AES128CTR-AES128GCM"
 Mode = Literal["active", "semi-honest"]
-Counter = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Purpose = Annotated[str, Meta(max_length=32)]
 # One masked vector must fit a message.
 MAX_DIMENSION = 1 << 27

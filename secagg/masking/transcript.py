@@ -27,10 +27,10 @@ from secagg.errors import DecodeError, SecAggError
 from secagg.keys import Identity, Roster, verify
 from secagg.masking.client import keys_payload, survivors_payload
 from secagg.masking.messages import Advertisement, Commitment, Confirmation
-from secagg.masking.params import Counter, Mode, Params, Session, Subject, Terms, differences, least_threshold
+from secagg.masking.params import Mode, Params, Session, Subject, Terms, differences, least_threshold
 from secagg.masking.server import Opened
 from secagg.prg import Label, domain
-from secagg.wire import Digest, Message, Number, Signature, decode_any, encode
+from secagg.wire import Counter, Digest, Message, Number, Signature, decode_any, encode
 
 E = TypeVar("E")
 NO_RECORD = bytes(32)

@@ -466,3 +466,22 @@ def test_calibrating_where_too_little_noise_is_no_plan_at_all():
     assert 4.0 * 0.999 <= spent([planned(calibrate(planned, 4.0, 1e-5))], 1e-5).epsilon <= 4.0
     with pytest.raises(ParameterError, match="sampling_rate"):
         calibrate(lambda z: shares(z, 2.0, 1), 8.0, 1e-5)
+
+
+@pytest.mark.parametrize("above", [-1e-6, 1e-6])
+def test_what_is_required_is_what_is_checked_though_rdp_may_be_enough_to_tell(above):
+    """Between the two accountants' epsilons PLD decides; above both nothing more is asked."""
+    so_far, following = (gaussian(1.0, 0.01, 100),), gaussian(1.0, 0.01, 50)
+    cost = spent((*so_far, following), 1e-5)
+    assert cost.epsilon < cost.epsilon_rdp
+    tight = Budget(epsilon=cost.epsilon - above, delta=1e-5)
+    if above > 0:
+        with pytest.raises(BudgetExceeded) as required:
+            tight.require(so_far, following)
+        with pytest.raises(BudgetExceeded) as checked:
+            tight.check(so_far, following)
+        assert str(required.value) == str(checked.value)
+    else:
+        tight.require(so_far, following)
+        tight.check(so_far, following)
+    Budget(epsilon=cost.epsilon_rdp + 1e-6, delta=1e-5).require(so_far, following)

@@ -6,8 +6,10 @@ import warnings
 import msgspec
 import numpy as np
 import torch
+from typer.testing import CliRunner
 
 from protocols.aggregation import Unprotected
+from protocols.cli import app
 from protocols.coordinator import Coordinator
 from protocols.datasets import SiteData
 from protocols.engines.faulty import Faulty
@@ -65,6 +67,21 @@ def hospital(name, *, rows=12, seed=0, scale=1.0):
 def hospitals(sites=SITES, seed=0):
     """Every site's rows; no two sites have equally many."""
     return {name: hospital(name, rows=8 + 3 * i, seed=seed) for i, name in enumerate(sites)}
+
+
+def command(*arguments):
+    """What a sub-command of `secagg` did; anything but a proper end is a failure here."""
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def succeeded(*arguments):
+    """What a sub-command printed that went well and had nothing to complain of."""
+    result = command(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return result.stdout
 
 
 def write_csv(path, data):

@@ -8,20 +8,21 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
-from typer.testing import CliRunner
 
 from dp.accounting import spent
 from dp.ledger_rows import Cap
 from dp.mechanisms import PoissonSampledGaussian, Relation, Unit
 from protocols import ledger_report
-from protocols.cli import app
 from protocols.ledger_file import create_ledger, open_ledger
 from protocols.rosters import PublicKey, load_public_key, load_roster, roster_of, write_roster
 from secagg.keys import Identity, fingerprint
+from tests.protocols.hospitals import command as secagg
+from tests.protocols.hospitals import succeeded
 
 SITES = ("north", "south", "west")
 IDENTITIES = {name: Identity(bytes([number]) * 32) for number, name in enumerate(SITES, 1)}
@@ -30,17 +31,8 @@ DAY = 86_400.0
 START = 1_790_000_000.0
 
 
-def budget(*arguments):
-    result = CliRunner().invoke(app, ["budget", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def done(*arguments):
-    result = budget(*arguments)
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    return result.stdout
+budget = partial(secagg, "budget")
+done = partial(succeeded, "budget")
 
 
 def refused(code, says, *arguments):
@@ -376,9 +368,9 @@ def site(tmp_path, monkeypatch):
     """A site's own file, with its key and roster."""
     monkeypatch.chdir(tmp_path)
     for name in SITES:
-        result = CliRunner().invoke(app, ["keys", "new-site", name, "--no-passphrase"])
+        result = secagg("keys", "new-site", name, "--no-passphrase")
         assert result.exit_code == 0
-    CliRunner().invoke(app, ["keys", "roster", *(f"{name}.pub" for name in SITES)])
+    secagg("keys", "roster", *(f"{name}.pub" for name in SITES))
 
     pinned = "\n".join(f'{m.name} = "{fingerprint(m.identity)}"' for m in load_roster(Path("roster.toml")).members)
     Path("site.toml").write_text(
@@ -426,9 +418,9 @@ def test_a_new_ledger_with_an_encrypted_key_asks_for_its_passphrase(site):
     Path("words").chmod(0o600)
     for ending in ("key", "pub"):
         Path(f"north.{ending}").unlink()
-    CliRunner().invoke(app, ["keys", "new-site", "north", "--passphrase-file", "words"])
+    secagg("keys", "new-site", "north", "--passphrase-file", "words")
     Path("roster.toml").unlink()
-    CliRunner().invoke(app, ["keys", "roster", *(f"{name}.pub" for name in SITES)])
+    secagg("keys", "roster", *(f"{name}.pub" for name in SITES))
 
     text = Path("site.toml").read_text()
     mine = fingerprint(load_public_key(Path("north.pub")).key)

@@ -7,15 +7,16 @@ import stat
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from protocols import rosters
-from protocols.cli import app
 from protocols.rosters import load_identity, load_public_key, load_roster
 from secagg.keys import fingerprint
+from tests.protocols.hospitals import command as secagg
+from tests.protocols.hospitals import succeeded
 
 SITES = ("north", "south", "west")
 PASSPHRASE = "six random words do well enough"
@@ -28,17 +29,8 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def keys(*arguments):
-    result = CliRunner().invoke(app, ["keys", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def done(*arguments):
-    result = keys(*arguments)
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    return result.stdout
+keys = partial(secagg, "keys")
+done = partial(succeeded, "keys")
 
 
 def refused(says, *arguments):

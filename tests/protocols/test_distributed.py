@@ -143,6 +143,18 @@ def test_a_grid_too_coarse_for_the_model_is_refused_before_anything_is_sent():
         Sums(noisy(privacy={"grid": 2}), world.roster, 3, 100)
 
 
+def test_a_ring_that_the_study_names_is_used_and_refused_where_the_noise_does_not_fit():
+    world = World(noisy())
+    needed = Sums(noisy(), world.roster, 3, 4).noisy_ring.bits
+    wider = Sums(noisy(protocol={"ring_bits": needed + 5}), world.roster, 3, 4)
+    assert wider.noisy_ring.bits == wider.subject("train", bytes(32), bytes(32)).ring_bits == needed + 5
+    for bits in (needed - 1, -3):
+        with pytest.raises(StudyError, match=rf"^protocol\.ring_bits: a ring of {bits} bits is too small"):
+            Sums(noisy(protocol={"ring_bits": bits}), world.roster, 3, 4)
+    with pytest.raises(StudyError, match=r"^protocol\.ring_bits: "):
+        Sums(noisy(protocol={"ring_bits": 65}), world.roster, 3, 4)
+
+
 # --- participants
 
 
