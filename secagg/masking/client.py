@@ -15,7 +15,7 @@ from typing import cast
 
 from msgspec import msgpack
 
-from secagg.errors import BelowThreshold, LocalProtocolError, RemoteProtocolError
+from secagg.errors import LocalProtocolError, RemoteProtocolError
 from secagg.keys import AgreementKey, Identity, verify
 from secagg.masking.messages import (
     Advertisement,
@@ -34,6 +34,7 @@ from secagg.prg import Entropy, Label, add_keystreams, derive, domain
 from secagg.ring import RingVector
 from secagg.sealed import channel_key, seal, unseal
 from secagg.shamir import PRIME, SHARE_BYTES, split
+from secagg.stages import require
 from secagg.wire import SecretState, decode_any
 
 
@@ -197,7 +198,7 @@ def mask_input(state: Shared, inbox: ShareInbox, subject: Subject, vector: RingV
     sid = terms.session_id
     if strangers:
         raise RemoteProtocolError(f"shares from {session.names(strangers)}, who did not advertise keys to us")
-    _require(session, "ShareKeys", len(inbox.boxes) + 1)
+    require(session, "ShareKeys", len(inbox.boxes) + 1)
     held = {me: state.own_shares}
     for v, box in inbox.boxes.items():
         held[v] = _open_shares(state.inbound_keys[v], sid, v, me, box)
@@ -238,7 +239,7 @@ def unmask(state: Confirmed, confirmed: ConfirmationSet) -> tuple[Finished, Unma
     strangers = confirmed.confirmations.keys() - set(state.survivors)
     if strangers:
         raise RemoteProtocolError(f"confirmations from {session.names(strangers)}, who are not among the survivors")
-    _require(session, "ConsistencyCheck", len(confirmed.confirmations))
+    require(session, "ConsistencyCheck", len(confirmed.confirmations))
     sid, payload = session.id, survivors_payload(state.survivors)
     for v, theirs in confirmed.confirmations.items():
         name, identity = session.params.roster.name(v), session.params.roster.members[v].identity
@@ -308,7 +309,7 @@ def _check_directory(
     session: Session, terms: Terms, me: int, listed: dict[int, Advertisement], channel_key: bytes, mask_key: bytes
 ) -> None:
     roster = session.params.roster
-    _require(session, "AdvertiseKeys", len(listed))
+    require(session, "AdvertiseKeys", len(listed))
     own = listed.get(me)
     if own is None or own.channel_key != channel_key or own.mask_key != mask_key:
         raise RemoteProtocolError("the server lists other keys for us than those that we advertised, or none")
@@ -359,7 +360,7 @@ def _check_survivors(state: Masked, shown: SurvivorSet) -> tuple[int, ...]:
         )
     if state.me not in survivors:
         raise RemoteProtocolError("the server left us out of the survivors although we answered")
-    _require(session, "MaskedInput", len(survivors))
+    require(session, "MaskedInput", len(survivors))
     return tuple(sorted(survivors))
 
 
@@ -373,8 +374,3 @@ def _give_shares(
         of_mask_secret={v: of_secret for v, (of_secret, _) in held.items() if v not in alive},
     )
     return Finished(me, session), shares
-
-
-def _require(session: Session, stage: str, present: int) -> None:
-    if present < session.params.threshold:
-        raise BelowThreshold(stage, present, session.params.threshold)

@@ -13,15 +13,14 @@ Source: Bonawitz et al. 2017, figure 4.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
-from secagg.errors import BelowThreshold, DecodeError, LocalProtocolError, RemoteProtocolError
-from secagg.keys import AgreementKey, agreement_public, refuse_low_order, verify
+from secagg.errors import DecodeError, LocalProtocolError, RemoteProtocolError
+from secagg.keys import AgreementKey, agreement_public, refuse_low_order
 from secagg.masking.client import (
     commitment,
     keys_payload,
@@ -44,12 +43,11 @@ from secagg.masking.messages import (
     SurvivorSet,
     UnmaskShares,
 )
-from secagg.masking.params import Session, Subject, Terms, differences
+from secagg.masking.params import Session, Subject, differences
 from secagg.prg import Label, add_keystreams
 from secagg.ring import RingVector
 from secagg.shamir import recover
-
-T = TypeVar("T")
+from secagg.stages import check_signature, check_terms, expect, fault, in_order, require
 
 
 class CollectingKeys(Struct, frozen=True):
@@ -152,47 +150,45 @@ def start(session: Session) -> CollectingKeys:
 def receive_keys(state: CollectingKeys, sender: int, message: Advertisement) -> CollectingKeys:
     """Round 0: check and keep a participant's public keys."""
     session = state.session
-    _expect(session, sender, frozenset(range(len(session.params.roster))), state.advertisements)
+    expect(session, sender, frozenset(range(len(session.params.roster))), state.advertisements)
     known = {key for ad in state.advertisements.values() for key in (ad.channel_key, ad.mask_key)}
     if {message.channel_key, message.mask_key} & known or message.channel_key == message.mask_key:
-        raise _fault(session, sender, "sent a public key that is already in use")
+        raise fault(session, sender, "sent a public key that is already in use")
     try:
         refuse_low_order(message.channel_key)
         refuse_low_order(message.mask_key)
     except RemoteProtocolError as error:
-        raise _fault(session, sender, f"sent a useless key: {error}") from error
-    _check_terms(session, sender, message.terms)
+        raise fault(session, sender, f"sent a useless key: {error}") from error
+    check_terms(session, sender, message.terms)
     payload = keys_payload(sender, message.channel_key, message.mask_key)
-    _check_signature(session, sender, message.signature, Label.SIGN_KEYS, session.id, payload, "its keys")
+    check_signature(session, sender, message.signature, Label.SIGN_KEYS, session.id, payload, "its keys")
     return msgspec.structs.replace(state, advertisements={**state.advertisements, sender: message})
 
 
 def close_keys(state: CollectingKeys) -> tuple[CollectingShares, dict[int, KeyDirectory]]:
     """Fix U1 and send everyone's keys to everyone."""
-    _require(state.session, "AdvertiseKeys", len(state.advertisements))
-    directory = _in_order(state.advertisements)
+    require(state.session, "AdvertiseKeys", len(state.advertisements))
+    directory = in_order(state.advertisements)
     return CollectingShares(state.session, directory), dict.fromkeys(directory, KeyDirectory(directory))
 
 
 def receive_shares(state: CollectingShares, sender: int, message: EncryptedShares) -> CollectingShares:
     """Round 1: keep a participant's sealed shares, one for every other member of U1."""
     session = state.session
-    _expect(session, sender, frozenset(state.directory), state.received)
-    _check_terms(session, sender, message.terms)
+    expect(session, sender, frozenset(state.directory), state.received)
+    check_terms(session, sender, message.terms)
     expected = state.directory.keys() - {sender}
     if message.boxes.keys() != expected:
-        raise _fault(
-            session, sender, f"sealed shares for {session.names(set(message.boxes))}, expected {len(expected)}"
-        )
+        raise fault(session, sender, f"sealed shares for {session.names(set(message.boxes))}, expected {len(expected)}")
     committed, signature = message.commitment.digest, message.commitment.signature
-    _check_signature(session, sender, signature, Label.SIGN_COMMITMENT, session.id, committed, "its commitment")
+    check_signature(session, sender, signature, Label.SIGN_COMMITMENT, session.id, committed, "its commitment")
     return msgspec.structs.replace(state, received={**state.received, sender: message})
 
 
 def close_shares(state: CollectingShares) -> Agreed:
     """Fix U2. Its keys wait for something to be summed: nothing is sent yet."""
-    _require(state.session, "ShareKeys", len(state.received))
-    received = _in_order(state.received)
+    require(state.session, "ShareKeys", len(state.received))
+    received = in_order(state.received)
     inboxes = {u: ShareInbox({v: message.boxes[u] for v, message in received.items() if v != u}) for u in received}
     commitments = {u: message.commitment for u, message in received.items()}
     return Agreed(state.session, state.directory, commitments, inboxes)
@@ -209,14 +205,14 @@ def receive_vector(state: CollectingVectors, sender: int, message: MaskedInput) 
     session = state.session
     if not isinstance(state, CollectingVectors):  # the sum is added to in place, so this must not slip through
         raise LocalProtocolError(f"a vector is taken at stage MaskedInput only, not by {type(state).__name__}")
-    _expect(session, sender, frozenset(state.commitments), state.survivors)
-    _check_terms(session, sender, message.terms)
+    expect(session, sender, frozenset(state.commitments), state.survivors)
+    check_terms(session, sender, message.terms)
     if message.subject != state.subject:
-        raise _fault(session, sender, f"did not sum what was asked for: {differences(message.subject, state.subject)}")
+        raise fault(session, sender, f"did not sum what was asked for: {differences(message.subject, state.subject)}")
     try:
         state.subject.ring.add_packed(state.total, message.packed)
     except DecodeError as error:
-        raise _fault(session, sender, f"sent no vector of this sum: {error}") from error
+        raise fault(session, sender, f"sent no vector of this sum: {error}") from error
     return msgspec.structs.replace(state, survivors=state.survivors | {sender})
 
 
@@ -224,7 +220,7 @@ def close_vectors(
     state: CollectingVectors,
 ) -> tuple[CollectingConfirmations | CollectingUnmask, dict[int, SurvivorSet]]:
     """Fix U3 and show it to its members. A semi-honest session goes straight to unmasking."""
-    _require(state.session, "MaskedInput", len(state.survivors))
+    require(state.session, "MaskedInput", len(state.survivors))
     shown = SurvivorSet(tuple(sorted(state.survivors)))
     so_far = state.session, state.subject, state.directory, state.commitments, state.total, state.survivors
     next_state: CollectingConfirmations | CollectingUnmask
@@ -238,18 +234,18 @@ def close_vectors(
 def receive_confirmation(state: CollectingConfirmations, sender: int, message: Confirmation) -> CollectingConfirmations:
     """Round 3: keep a participant's signature over U3."""
     session = state.session
-    _expect(session, sender, state.survivors, state.confirmations)
+    expect(session, sender, state.survivors, state.confirmations)
     if message.subject != state.subject:
-        raise _fault(session, sender, f"confirms another sum: {differences(message.subject, state.subject)}")
+        raise fault(session, sender, f"confirms another sum: {differences(message.subject, state.subject)}")
     sum_id, payload = state.subject.sum_id(session.id), survivors_payload(tuple(state.survivors))
-    _check_signature(session, sender, message.signature, Label.SIGN_SURVIVORS, sum_id, payload, "the survivors")
+    check_signature(session, sender, message.signature, Label.SIGN_SURVIVORS, sum_id, payload, "the survivors")
     return msgspec.structs.replace(state, confirmations={**state.confirmations, sender: message})
 
 
 def close_confirmations(state: CollectingConfirmations) -> tuple[CollectingUnmask, dict[int, ConfirmationSet]]:
     """Fix U4 and send its signatures to its members."""
-    _require(state.session, "ConsistencyCheck", len(state.confirmations))
-    signed = _in_order(state.confirmations)
+    require(state.session, "ConsistencyCheck", len(state.confirmations))
+    signed = in_order(state.confirmations)
     next_state = CollectingUnmask(
         state.session,
         state.subject,
@@ -265,10 +261,10 @@ def close_confirmations(state: CollectingConfirmations) -> tuple[CollectingUnmas
 
 def receive_unmask(state: CollectingUnmask, sender: int, message: UnmaskShares) -> CollectingUnmask:
     """Round 4: keep a participant's shares, of b_v for each survivor and of s_v for each that dropped."""
-    _expect(state.session, sender, state.asked, state.answers)
-    _check_terms(state.session, sender, message.terms)
+    expect(state.session, sender, state.asked, state.answers)
+    check_terms(state.session, sender, message.terms)
     if message.of_self_mask_seed.keys() != state.survivors or message.of_mask_secret.keys() != state.dropped:
-        raise _fault(state.session, sender, "answered with shares of other participants than it was asked for")
+        raise fault(state.session, sender, "answered with shares of other participants than it was asked for")
     return msgspec.structs.replace(state, answers={**state.answers, sender: message})
 
 
@@ -282,7 +278,7 @@ def close_unmask(state: CollectingUnmask) -> Opened:
         RemoteProtocolError: The shares of a secret do not lead to it. Never a wrong sum.
     """
     session = state.session
-    _require(session, "Unmask", len(state.answers))
+    require(session, "Unmask", len(state.answers))
     sid, suspects = session.id, set[int]()
     bound = mask_id(state.subject.sum_id(sid), state.commitments)
     masks: list[tuple[bytes, int]] = []  # taken off only once all of them are known
@@ -327,41 +323,3 @@ def _recover(
         return recover(shares, session.params.threshold, is_secret)
     except RemoteProtocolError as error:
         raise RemoteProtocolError(f"the secret of {session.params.roster.name(owner)}: {error}") from error
-
-
-def _expect(session: Session, sender: int, allowed: Collection[int], answered: Collection[int]) -> None:
-    if sender not in allowed:
-        raise _fault(session, sender, "answered a request that it was not sent")
-    if sender in answered:
-        raise _fault(session, sender, "answered twice; the first answer stands")
-
-
-def _check_terms(session: Session, sender: int, theirs: Terms) -> None:
-    if theirs != (ours := session.terms):
-        raise _fault(session, sender, f"sent a message of another session: {differences(theirs, ours)}")
-
-
-def _check_signature(
-    session: Session, sender: int, signature: bytes, label: Label, bound_to: bytes, payload: bytes, what: str
-) -> None:
-    if not session.params.active:
-        if signature:
-            raise _fault(session, sender, f"signed {what}, and a semi-honest session has no signatures")
-        return
-    if not verify(session.params.roster.members[sender].identity, signature, label, bound_to, payload):
-        raise _fault(session, sender, f"did not sign {what}: its key is not the roster's, or the message was changed")
-
-
-def _fault(session: Session, sender: int, what: str) -> RemoteProtocolError:
-    name = session.params.roster.name(sender)
-    return RemoteProtocolError(f"{name} {what}", [name])
-
-
-def _require(session: Session, stage: str, present: int) -> None:
-    if present < session.params.threshold:
-        raise BelowThreshold(stage, present, session.params.threshold)
-
-
-def _in_order(by_sender: dict[int, T]) -> dict[int, T]:
-    """By number, not by arrival: what the server sends does not depend on who was fastest."""
-    return {u: by_sender[u] for u in sorted(by_sender)}
