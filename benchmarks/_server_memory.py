@@ -49,7 +49,7 @@ class Setting:
         if stage in scheme.setup:
             body, state = scheme.agree(stage, self.session, u, state, request, identity, os.urandom)
         elif stage == scheme.stages[0]:
-            body, state = scheme.contribute(self.session, state, request, self.subject, vector)
+            body, state = scheme.contribute(self.session, u, state, request, self.subject, vector, identity)
         else:
             body, state = scheme.step(stage, state, request, identity)
         self._states[u] = state

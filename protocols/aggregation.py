@@ -1,4 +1,4 @@
-"""The one interface to a secure sum, and the schemes behind it: masked and plain.
+"""The one interface to a secure sum, and two schemes behind it: masked and plain. The third is in `homomorphic`.
 
 A scheme has a server and a participant's step for each of its stages, bytes in and bytes out, so that the coordinator,
 the sites and the engines do not know which scheme they carry. First keys are agreed (`setup`), then one vector of each
@@ -97,9 +97,13 @@ class KeyServer(Staged, Protocol):
 
 
 class Scheme(Protocol):
-    """A way to sum: the names of its stages, and a participant's step in each."""
+    """A way to sum: the names of its stages, and a participant's step in each.
+
+    `last` is the last stage of `stages` that every sum has.
+    """
 
     name: ClassVar[str]
+    last: str
     setup: tuple[str, ...]
     stages: tuple[str, ...]
     ahead: Mapping[str, str]
@@ -116,7 +120,14 @@ class Scheme(Protocol):
         """A stage of `setup` at a participant: (answer, state)."""
 
     def contribute(
-        self, session: Session, state: bytes, request: Bytes, subject: Subject, vector: RingVector
+        self,
+        session: Session,
+        me: int,
+        state: bytes,
+        request: Bytes,
+        subject: Subject,
+        vector: RingVector,
+        identity: Identity,
     ) -> tuple[bytes, bytes]:
         """The first stage of `stages` at a participant, from the state after `setup`: (answer, state)."""
 
@@ -128,6 +139,7 @@ class Masked:
     """Pairwise masks (`secagg.masking`): the server sees no vector but the sum."""
 
     name: ClassVar[str] = "masked"
+    last: str = "Unmask"
     setup: tuple[str, ...] = ("AdvertiseKeys", "ShareKeys")
 
     def __init__(self, mode: Mode) -> None:
@@ -169,7 +181,14 @@ class Masked:
         return encode(message), encode(next_state)
 
     def contribute(
-        self, session: Session, state: bytes, request: Bytes, subject: Subject, vector: RingVector
+        self,
+        session: Session,
+        me: int,
+        state: bytes,
+        request: Bytes,
+        subject: Subject,
+        vector: RingVector,
+        identity: Identity,
     ) -> tuple[bytes, bytes]:
         """The stage MaskedInput.
 
@@ -231,7 +250,7 @@ class _MaskedKeys:
         return frozenset(self._state.commitments) if isinstance(self._state, server.Agreed) else None
 
     def requests(self) -> dict[int, bytes]:
-        return _encoded(self._outgoing)
+        return encoded(self._outgoing)
 
     def receive(self, sender: int, answer: Bytes) -> None:
         try:
@@ -243,7 +262,7 @@ class _MaskedKeys:
                 case server.Agreed():
                     raise LocalProtocolError("the keys are agreed; nothing more is expected")
         except DecodeError as error:
-            raise _no_message(self._roster.name(sender), self.stage, error) from error
+            raise no_message(self._roster.name(sender), self.stage, error) from error
 
     def close(self) -> None:
         match self._state:
@@ -284,7 +303,7 @@ class _MaskedSum:
         return names[type(self._state)]
 
     def requests(self) -> dict[int, bytes]:
-        return _encoded(self._outgoing)
+        return encoded(self._outgoing)
 
     def receive(self, sender: int, answer: Bytes) -> None:
         try:
@@ -298,7 +317,7 @@ class _MaskedSum:
                 case server.Opened():
                     raise LocalProtocolError("the sum is open; nothing more is expected")
         except DecodeError as error:
-            raise _no_message(self._roster.name(sender), self.stage, error) from error
+            raise no_message(self._roster.name(sender), self.stage, error) from error
 
     def close(self) -> None:
         match self._state:
@@ -315,7 +334,7 @@ class _MaskedSum:
                 raise LocalProtocolError("the sum is open; there is no stage to close")
 
 
-def _encoded(outgoing: Mapping[int, Message | None]) -> dict[int, bytes]:
+def encoded(outgoing: Mapping[int, Message | None]) -> dict[int, bytes]:
     """Everyone's message in bytes. What goes to everyone alike is encoded once."""
     encoded: dict[int, bytes] = {}
     return {
@@ -324,7 +343,8 @@ def _encoded(outgoing: Mapping[int, Message | None]) -> dict[int, bytes]:
     }
 
 
-def _no_message(name: str, stage: str, error: DecodeError) -> RemoteProtocolError:
+def no_message(name: str, stage: str, error: DecodeError) -> RemoteProtocolError:
+    """The error for bytes that are no message of the stage."""
     return RemoteProtocolError(f"{name} sent no message of stage {stage}: {error}", [name])
 
 
@@ -332,6 +352,7 @@ class Plain:
     """No protection: the server sees every vector. For comparison; a coordinator that uses it warns."""
 
     name: ClassVar[str] = "plain"
+    last: str = "Submit"
     setup: tuple[str, ...] = ()
     stages: tuple[str, ...] = ("Submit",)
     ahead: Mapping[str, str] = {}
@@ -354,7 +375,14 @@ class Plain:
         raise RemoteProtocolError(f"a plain sum has no stage {stage}")
 
     def contribute(
-        self, session: Session, state: bytes, request: Bytes, subject: Subject, vector: RingVector
+        self,
+        session: Session,
+        me: int,
+        state: bytes,
+        request: Bytes,
+        subject: Subject,
+        vector: RingVector,
+        identity: Identity,
     ) -> tuple[bytes, bytes]:
         """The only stage: hand the vector over."""
         subject.ring.check(vector, subject.dimension)
@@ -486,7 +514,9 @@ def secure_mean(
     while sums.result is None:
         for u, request in sums.requests().items():
             if sums.stage == scheme.stages[0]:
-                answer, states[u] = scheme.contribute(session, states[u], request, subject, vectors[u])
+                answer, states[u] = scheme.contribute(
+                    session, u, states[u], request, subject, vectors[u], identities[names[u]]
+                )
             else:
                 answer, states[u] = scheme.step(sums.stage, states[u], request, identities[names[u]])
             sums.receive(u, answer)

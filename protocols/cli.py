@@ -55,6 +55,7 @@ class Aggregation(enum.StrEnum):
     """How updates are summed."""
 
     masked = "masked"
+    ckks = "ckks"
     plain = "plain"
 
 
@@ -89,9 +90,10 @@ def demo(
         sys.stdout.write(DEMO_TEXT)
         return
     study = demo_study()
-    masked = aggregation in (None, Aggregation.masked)
-    default = "va:MaskedInput:7" if masked else "va:Submit:7"
-    _run(study, Path(), out, aggregation, drop or [default], baselines=True, json=json, quiet=quiet)
+    stage = {Aggregation.ckks: "EncryptedInput", Aggregation.plain: "Submit"}.get(
+        aggregation or Aggregation.masked, "MaskedInput"
+    )
+    _run(study, Path(), out, aggregation, drop or [f"va:{stage}:7"], baselines=True, json=json, quiet=quiet)
 
 
 @app.command()

@@ -127,6 +127,7 @@ class Coordinator:
     Attributes:
         model: The current global model.
         rounds: What has happened so far.
+        sums: What the study fixes about its sums.
         transcript: Records of the opened sums, and at the end the sites' signatures; empty where nothing is signed.
         stopped: Why the study ended before its last round, or None.
 
@@ -134,7 +135,7 @@ class Coordinator:
         StudyError: Study, roster and model do not belong together.
 
     Warns:
-        Unprotected: The study's sums are plain.
+        Unprotected: The study's sums are plain, or every site has their key.
     """
 
     def __init__(self, study: Study, roster: Roster, model: torch.nn.Module, features: int) -> None:
@@ -143,10 +144,13 @@ class Coordinator:
         self.transcript: list[Record | Closing] = []
         self.stopped: str | None = None
         self._study = study
-        self._sums = Sums(study, roster, features, flatten(model).size)
+        self.sums = Sums(study, roster, features, flatten(model).size)
         self._optimizer = ServerOptimizer(model, study.server)
         if study.protocol.aggregation == "plain":
             text = 'aggregation = "plain" protects nothing: the server reads every site\'s update'
+            warnings.warn(text, Unprotected, stacklevel=2)
+        if study.protocol.keys == "shared":
+            text = 'keys = "shared": every site can decrypt the update of any other whose upload it gets hold of'
             warnings.warn(text, Unprotected, stacklevel=2)
         self._purposes: list[Purpose] = ["standardize"] if study.task.standardize == "global" else []
         self._purposes += ["train"] * study.rounds
@@ -180,7 +184,8 @@ class Coordinator:
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of all stages that sites are asked in."""
-        return (*self._sums.scheme.setup, *self._sums.scheme.stages, "Finish")
+        scheme = self.sums.scheme
+        return (*(scheme.setup or scheme.ahead.values()), *scheme.stages, "Finish")
 
     @property
     def stage(self) -> str:
@@ -201,17 +206,17 @@ class Coordinator:
         return self._open
 
     def _ask(self) -> dict[str, Request]:
-        name = self._sums.roster.name
+        name = self.sums.participants.name
         if self._sum is None and self._keys is None:
             finish = Request(finish=FinishRequest(self._work, self._head))
-            return {name(u): finish for u in range(len(self._sums.roster))}
+            return {name(u): finish for u in self.sums.participants.everyone}
         on_sum: dict[int, SumRequest] = {}
         on_keys: dict[int, KeysRequest] = {}
         if self._sum is not None:
             record, stage = self.rounds[-1], self._sum.stage
-            work = self._work if stage == self._sums.scheme.stages[0] else None
+            work = self._work if stage == self.sums.scheme.stages[0] else None
             digest, purpose = model_digest(self._work), self._purposes[0]
-            receipts = tuple(self._receipts.values()) if stage == self._sums.scheme.stages[-1] else ()
+            receipts = tuple(self._receipts.values()) if stage == self.sums.scheme.last else ()
             on_sum = {
                 u: SumRequest(record.number, purpose, stage, digest, self._head, body, work, receipts)
                 for u, body in self._sum.requests().items()
@@ -223,7 +228,7 @@ class Coordinator:
     def _keys_now(self) -> KeyServer | None:
         """The key agreement, if a stage of it is part of the stage that is under way."""
         by_itself = self._sum is None
-        ahead = self._sums.scheme.ahead.get(self.stage)
+        ahead = self.sums.scheme.ahead.get(self.stage)
         return self._keys if self._keys is not None and (by_itself or ahead == self._keys.stage) else None
 
     def receive(self, site: str, reply: bytes) -> None:
@@ -268,19 +273,19 @@ class Coordinator:
         try:
             if part is None:
                 raise RemoteProtocolError(f"{site} sent nothing for stage {stage.stage}", [site])
-            stage.receive(self._sums.roster.number(site), part.body)
+            stage.receive(self.sums.participants.number(site), part.body)
             self._answered.add(site)
         except SecAggError as error:
             out.setdefault(site, f"sent a wrong message at {stage.stage}")
             self._fault(f"{site}: {error}")
 
     def _take_signature(self, site: str, part: Part | None) -> None:
-        record, number = self.rounds[-1], self._sums.roster.number(site)
+        record, number = self.rounds[-1], self.sums.participants.number(site)
         if not isinstance(part, Answer):
             record.dropped[site] = f"refused ({part.reason}) at Finish" if part else "sent a wrong message at Finish"
             return
-        signature, public = bytes(part.body), self._sums.roster.members[number].identity
-        if self._sums.signed:
+        if self.sums.signed:
+            signature, public = bytes(part.body), self.sums.roster.members[number].identity
             if not verify_head(public, signature, self._study.digest, self._head):
                 record.dropped[site] = "sent a wrong message at Finish"
                 self._fault(f"{site}: did not sign the end of the transcript")
@@ -368,18 +373,18 @@ class Coordinator:
 
     def _apply(self, record: RoundRecord, result: Sum) -> None:
         """Put an opened sum to its use; the model moves only after every check."""
-        name = self._sums.roster.name
+        name = self.sums.participants.name
         if record.purpose == "standardize":
-            weight = self._take_moments(self._sums.exact.decode(result.total))
-        elif (plan := self._sums.distributed) is not None:
-            weight, noisy = 0, self._sums.noisy_ring.signed(result.total)
+            weight = self._take_moments(self.sums.exact.decode(result.total))
+        elif (plan := self.sums.distributed) is not None:
+            weight, noisy = 0, self.sums.noisy_ring.signed(result.total)
             if isinstance(plan, ParticipantPlan):
                 updates = decode_participants(noisy, plan, rotation_seed(model_digest(self._work)))
                 self._optimizer.step(updates / len(result.contributors))
             else:
                 self._optimizer.step(-decode_gradient(noisy, plan, self._study.privacy.records or 1))
         else:
-            weight, mean = self._sums.fixed_point.decode(result.total)
+            weight, mean = self.sums.fixed_point.decode(result.total, error=self._study.protocol.sum_error)
             self._optimizer.step(mean)
         record.outcome, record.weight = "opened", weight
         record.contributors = tuple(name(u) for u in sorted(result.contributors))
@@ -391,7 +396,7 @@ class Coordinator:
     def _take_moments(self, sums: list[Fraction]) -> int:
         """Means and deviations (divisor n - 1) from the sums of rows, features and their squares; gives the rows."""
         rows, half = sums[0], len(sums) // 2
-        if rows.denominator != 1 or not 2 <= rows <= len(self._sums.roster) * self._study.protocol.max_weight:
+        if rows.denominator != 1 or not 2 <= rows <= len(self.sums.roster) * self._study.protocol.max_weight:
             raise RemoteProtocolError(f"the sites' rows add up to {float(rows)}: a site sent sums outside its bounds")
         first, second = sums[1 : half + 1], sums[half + 1 :]
         variances = [(b - a * a / rows) / (rows - 1) for a, b in zip(first, second, strict=True)]
@@ -434,18 +439,18 @@ class Coordinator:
         keys = self._keys
         if keys is None or keys.members is None:
             return
-        record, name = self.rounds[-1], self._sums.roster.name
+        record, name = self.rounds[-1], self.sums.roster.name
         record.dropped.update({name(u): self._without_keys.get(name(u), "no keys") for u in self._away(keys.members)})
-        self._sum = keys.begin(self._sums.subject(self._purposes[0], model_digest(self._work), self._head))
+        self._sum = keys.begin(self.sums.subject(self._purposes[0], model_digest(self._work), self._head))
         self._keys = None
         if len(self._purposes) > 1:
             self._agree_ahead()
 
     def _away(self, members: frozenset[int]) -> list[int]:
-        return [u for u in range(len(self._sums.roster)) if u not in members]
+        return [u for u in range(len(self.sums.roster)) if u not in members]
 
     def _agree_ahead(self) -> None:
         """Start to agree on keys under the next number."""
         self._number += 1
         self._without_keys = {}
-        self._keys = self._sums.scheme.keys(self._sums.session(self._number))
+        self._keys = self.sums.scheme.keys(self.sums.session(self._number))

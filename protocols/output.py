@@ -18,6 +18,7 @@ from protocols.errors import OutputError
 from protocols.fedavg import model_bytes
 from protocols.rosters import roster_text
 from protocols.run import Run
+from protocols.study import Study
 from secagg.keys import fingerprint
 
 _PACKAGES = ("secagg", "torch", "numpy", "opacus", "dp-accounting", "cryptography", "msgspec", "scikit-learn")
@@ -27,14 +28,7 @@ def statement(run: Run) -> str:
     """In plain words, what the run guarantees to whom."""
     study, sums = run.study, [record for record in run.rounds if record.purpose == "train"]
     weight = max((record.weight for record in sums), default=0)
-    if study.protocol.aggregation == "masked":
-        first = (
-            f"The server saw the sum of the hospitals' updates and never one of them, as long as at most "
-            f"{study.colluders} of the {len(study.sites)} hospitals "
-            + ("help it." if study.protocol.mode == "active" else "help it and it follows the protocol itself.")
-        )
-    else:
-        first = "The server saw every hospital's update: aggregation was plain and protects nothing."
+    first = _secrecy(study)
     if any(record.purpose == "standardize" and record.outcome == "opened" for record in run.rounds):
         first += " It also learned the mean and the deviation of each feature over all training rows."
     spent = [result.spent for result in run.sites.values() if result.spent is not None]
@@ -63,6 +57,19 @@ def statement(run: Run) -> str:
         f"{first} Every training record is protected by {promise} against everyone outside its hospital: the server, "
         f"the other hospitals, and whoever reads the model.{told}"
     )
+
+
+def _secrecy(study: Study) -> str:
+    """Who could see a single update, and who not."""
+    if study.protocol.aggregation == "plain":
+        return "The server saw every hospital's update: aggregation was plain and protects nothing."
+    seen = "The server saw the sum of the hospitals' updates and never one of them, as long as "
+    if study.protocol.keys == "shared":
+        return f"{seen}no hospital helps it: every one has the key to all updates."
+    holder = study.protocol.holder
+    trusted = f"{holder}, who has the key, does not help it, and as long as " if holder else ""
+    honest = " and it follows the protocol itself" if study.protocol.mode != "active" else ""
+    return f"{seen}{trusted}at most {study.colluders} of the {len(study.sites)} hospitals help it{honest}."
 
 
 def summary(run: Run) -> str:

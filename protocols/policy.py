@@ -7,7 +7,7 @@ the sum and against the time that has passed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 from msgspec import Struct
 
@@ -15,6 +15,7 @@ from protocols.errors import PolicyRefusal, StudyError
 from protocols.study import Study
 from secagg.masking.params import SUITE
 
+Scheme = Literal["masked", "ckks", "ckks-holder", "ckks-shared", "plain"]
 _DAY = 86_400
 # A clock that is set right during a round may step back by so much, in seconds.
 _CLOCK_STEP = 60
@@ -29,7 +30,8 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         smallest_cohort: Fewest sites in a sum, this one included. The study's threshold must be at least that.
         smallest_others: Fewest sites in a sum beside this one, counted in every round. With one other only, the sum
             shows each of the two the other's contribution.
-        schemes: Ways to sum that the site takes part in.
+        schemes: Ways to sum that the site takes part in: "masked", "ckks", "ckks-holder" (another party could decrypt
+            the site's update), "ckks-shared" (every other site could), "plain" (the server sees it).
         suites: Sets of primitives that a masked sum may be made with.
         semi_honest: Whether a server that is merely trusted to follow the protocol is enough.
         smallest_difference: Fewest sites by which the cohorts of two sums over the same model may differ, if they
@@ -43,7 +45,7 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     smallest_cohort: int = 3
     smallest_others: int = 2
-    schemes: tuple[Literal["masked", "plain"], ...] = ("masked",)
+    schemes: tuple[Scheme, ...] = ("masked", "ckks")
     suites: tuple[str, ...] = (SUITE,)
     semi_honest: bool = False
     smallest_difference: int = 2
@@ -53,7 +55,7 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         for key, least in (("smallest_cohort", 1), ("smallest_others", 0), ("smallest_difference", 0)):
             if not least <= getattr(self, key) <= _MOST_SITES:
                 _refuse(key, f"{least} to {_MOST_SITES} sites", getattr(self, key))
-        for key, known in (("schemes", ("masked", "plain")), ("suites", (SUITE,))):
+        for key, known in (("schemes", get_args(Scheme)), ("suites", (SUITE,))):
             listed: tuple[str, ...] = getattr(self, key)
             if not listed or len(set(listed)) < len(listed) or not set(listed) <= set(known):
                 _refuse(key, f"a list of {' or '.join(known)}, each at most once and one at least", list(listed))
@@ -72,14 +74,14 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             StudyError: The message names the site, the condition and what the study has.
         """
         protocol = study.protocol
-        if protocol.aggregation not in self.schemes:
+        scheme = protocol.aggregation + ("" if protocol.keys == "threshold" else f"-{protocol.keys}")
+        if scheme not in self.schemes:
             raise StudyError(
-                f"protocol.aggregation: the policy of {site} allows {', '.join(self.schemes)}, the study has "
-                f'"{protocol.aggregation}"'
+                f'protocol.aggregation: the policy of {site} allows {", ".join(self.schemes)}, the study has "{scheme}"'
             )
         if protocol.aggregation == "masked" and suite not in self.suites:
             raise StudyError(f"protocol: the policy of {site} allows {', '.join(self.suites)}, the study has {suite}")
-        if protocol.aggregation == "masked" and protocol.mode == "semi-honest" and not self.semi_honest:
+        if protocol.aggregation != "plain" and protocol.mode == "semi-honest" and not self.semi_honest:
             raise StudyError(f'protocol.mode: the policy of {site} asks for "active", the study has "semi-honest"')
         if study.threshold < self.smallest_cohort:
             raise StudyError(
@@ -148,7 +150,7 @@ def _refuse(key: str, expected: str, came: object) -> None:
 PERMISSIVE = Policy(
     smallest_cohort=1,
     smallest_others=0,
-    schemes=("masked", "plain"),
+    schemes=get_args(Scheme),
     semi_honest=True,
     longest_session=30 * _DAY,
 )

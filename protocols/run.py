@@ -24,6 +24,7 @@ from protocols.engines.faulty import Fault, Faulty
 from protocols.engines.in_process import InProcess
 from protocols.errors import DataError, StudyError
 from protocols.fedavg import build_model, evaluate, flatten, local_update, training_device
+from protocols.homomorphic import Holder
 from protocols.ledger_file import open_ledger
 from protocols.metrics import Metrics
 from protocols.policy import PERMISSIVE, Policy
@@ -185,6 +186,11 @@ def run_study(
         name: files[name].load_identity(passphrase) if name in files else Identity.generate(entropy)
         for name in study.site_names
     }
+    holder = study.protocol.holder
+    if holder is not None:
+        if files:
+            raise StudyError(f"protocol.holder: {holder} has no file here; sites' own files go without a holder")
+        identities[holder] = Identity.generate(entropy)
     roster = Roster.of({name: identity.public for name, identity in identities.items()})
     (columns,) = features
     model = build_model(study, len(columns))
@@ -215,7 +221,11 @@ def run_study(
                 site.refuse_used(stores[site.name].load())
         coordinator = Coordinator(study, roster, model, len(columns))
         _check_faults(study, coordinator.stages, faults)
-        in_process = InProcess(sites, stores)
+        sums = coordinator.sums
+        others = []
+        if holder is not None and sums.setting is not None:
+            others.append(Holder(sums.params, sums.setting, study.digest, identities[holder], entropy))
+        in_process = InProcess([*sites, *others], stores)
         wall, cpu = time.perf_counter(), time.process_time()
         drive(coordinator, Faulty(in_process, faults) if faults else in_process, listener)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -253,7 +263,7 @@ def run_study(
 
 def _check_faults(study: Study, stages: tuple[str, ...], faults: tuple[Fault, ...]) -> None:
     for fault in faults:
-        if fault.site not in study.site_names:
+        if fault.site not in (*study.site_names, study.protocol.holder):
             raise StudyError(f"a drop-out of {fault.site!r}, who is none of the sites {', '.join(study.site_names)}")
         if fault.stage not in stages:
             raise StudyError(f"a drop-out at {fault.stage!r}, which is none of the stages {', '.join(stages)}")

@@ -7,13 +7,17 @@ from dp.distributed import ParticipantPlan
 from protocols.aggregation import Masked, Plain, Scheme
 from protocols.errors import StudyError
 from protocols.fedavg import distributed_plan
+from protocols.homomorphic import Ckks, Participants
 from protocols.messages import Purpose
 from protocols.study import Study
-from secagg.errors import LocalProtocolError
+from secagg.ckks.params import Need, Setting, choose
+from secagg.errors import HeadroomError, LocalProtocolError
 from secagg.fixed_point import ExactSum, FixedPoint
-from secagg.keys import Roster
+from secagg.keys import Member, Roster
 from secagg.masking.params import Params, Session, Subject
 from secagg.ring import Ring
+
+NOTHING = bytes(32)
 
 
 class Sums:
@@ -21,13 +25,17 @@ class Sums:
 
     Args:
         study: As pinned by whoever asks.
-        roster: As pinned by whoever asks; its names must be the study's sites.
+        roster: As pinned by whoever asks; its names must be the study's sites, and the holder's of its keys if one has
+            them.
         features: Columns of a row.
         entries: Entries of a model's update.
 
     Attributes:
         scheme: How vectors are summed.
-        roster: Names and keys.
+        roster: Names and keys of the sites.
+        participants: All that the coordinator talks to: the sites, and the holder of the keys if there is one.
+        params: Participants, threshold and mode of every sum.
+        setting: What CKKS sums have beside; None for other sums.
         distributed: How one round's vectors get their shares of the noise where it is added inside the sum, else None.
 
     Raises:
@@ -35,29 +43,36 @@ class Sums:
     """
 
     def __init__(self, study: Study, roster: Roster, features: int, entries: int) -> None:
-        names = tuple(member.name for member in roster.members)
-        if names != study.site_names:
-            raise StudyError(f"sites: the study has {list(study.site_names)}, the roster {list(names)}")
         protocol = study.protocol
-        self.roster = roster
-        self.scheme: Scheme = Plain(study.threshold)
-        if protocol.aggregation == "masked":
-            self.scheme = Masked(protocol.mode)
+        names, expected = [member.name for member in roster.members], [*study.site_names]
+        if protocol.holder is not None:
+            expected = sorted([*expected, protocol.holder])
+        if names != expected:
+            raise StudyError(f"sites: the study has {expected}, the roster {names}")
+        holder = next((member for member in roster.members if member.name == protocol.holder), None)
+        self.roster = Roster(tuple(member for member in roster.members if member != holder))
+        self.participants = Participants(self.roster, protocol.holder)
         # A plain sum needs no parameters of a protocol; it borrows those that any roster can have.
-        threshold = study.threshold if protocol.aggregation == "masked" else len(roster)
+        threshold = len(self.roster) if protocol.aggregation == "plain" else study.threshold
         try:
-            self._params = Params(roster, threshold, protocol.mode)
+            self.params = Params(self.roster, threshold, protocol.mode)
         except LocalProtocolError as error:
             raise StudyError(f"protocol: {error}") from error
         self._study, self._features, self._entries = study, features, entries
         self.distributed = distributed_plan(study, entries)
         if self.distributed is not None:
             _ = self.noisy_ring  # refused here, before anything is sent
+        self.setting = self._setting(holder) if protocol.aggregation == "ckks" else None
+        self.scheme: Scheme = Plain(study.threshold)
+        if self.setting is not None:
+            self.scheme = Ckks(self.setting, protocol.mode)
+        elif protocol.aggregation == "masked":
+            self.scheme = Masked(protocol.mode)
 
     @property
     def signed(self) -> bool:
         """Whether participants sign what they sum, so that there is a transcript."""
-        return self._study.protocol.aggregation == "masked" and self._params.active
+        return self._study.protocol.aggregation == "masked" and self.params.active
 
     @property
     def fixed_point(self) -> FixedPoint:
@@ -86,6 +101,20 @@ class Sums:
             where = "privacy.grid" if given is None else "protocol.ring_bits"
             raise StudyError(f"{where}: {error}") from error
 
+    def _setting(self, holder: Member | None) -> Setting:
+        """The parameters of CKKS with which all sums of the study together take the fewest bytes."""
+        study, protocol = self._study, self._study.protocol
+        subjects = [self.subject("train", NOTHING, NOTHING)]
+        if study.task.standardize == "global":
+            subjects.append(self.subject("standardize", NOTHING, NOTHING))
+        error = 0.0 if self.distributed is not None else protocol.sum_error
+        needs = [Need(s.dimension, s.ring_bits, error if s.purpose == "train" else 0.0) for s in subjects]
+        try:
+            chain = choose(len(self.roster), needs, protocol.statistical_security)
+            return Setting(chain, protocol.keys, protocol.statistical_security, holder, error)
+        except (HeadroomError, LocalProtocolError) as error_found:
+            raise StudyError(f"protocol: {error_found}") from error_found
+
     @property
     def exact(self) -> ExactSum:
         """How rows, features and their squares become ring elements, in the sum for standardising."""
@@ -93,7 +122,7 @@ class Sums:
 
     def session(self, number: int) -> Session:
         """What the keys of one sum are agreed for."""
-        return Session(self._params, self._study.digest, number)
+        return Session(self.params, self._study.digest, number)
 
     def subject(self, purpose: Purpose, work_digest: bytes, previous: bytes) -> Subject:
         """What one sum is of."""

@@ -136,7 +136,7 @@ class Site:
         entries = flatten(build_model(study, len(data.features))).size
         self._sums = Sums(study, roster, len(data.features), entries)
         self._scheme = self._sums.scheme
-        self._me = roster.number(name)
+        self._me = self._sums.roster.number(name)
         self._raw = data
         self._data = None if study.task.standardize == "global" else data.standardized(*_own_standard(study, data))
         self._plan = self._sums.distributed or local_plan(study)
@@ -295,7 +295,9 @@ class Site:
                 vector, steps = self._contribute(message, memory, entropy)
                 session = self._sums.session(message.round)
                 subject = self._sums.subject(message.purpose, message.work_digest, message.previous)
-                body, sum_state = scheme.contribute(session, memory.sum_state, message.body, subject, vector)
+                body, sum_state = scheme.contribute(
+                    session, self._me, memory.sum_state, message.body, subject, vector, self._identity
+                )
                 if isinstance(self._plan, DpSgdPlan) and message.purpose == "train":
                     self._commit(memory, self._plan.mechanism())
             else:

@@ -18,6 +18,7 @@ import msgspec
 from dp import Relation, Unit
 from protocols.errors import StudyError
 from protocols.toml_file import Section, parse, read_text
+from secagg.ckks.params import STATISTICAL_SECURITY, Keys
 from secagg.errors import HeadroomError, LocalProtocolError
 from secagg.fixed_point import FixedPoint, plan
 from secagg.masking.params import Mode, least_threshold
@@ -124,7 +125,15 @@ class Protocol(Section, frozen=True):
     """How updates are summed.
 
     Attributes:
-        aggregation: "masked" (nobody sees a single update) or "plain" (the server sees all of them: protects nothing).
+        aggregation: "masked" or "ckks" (nobody sees a single update), or "plain" (the server sees all of them: protects
+            nothing).
+        keys: Of CKKS sums, who can decrypt: "threshold" (nobody; all sites together, and `threshold` of them for those
+            who left), "holder" (one party that is neither a site nor the server), or "shared" (every site: for
+            comparison only, as each can read any upload that it gets hold of).
+        holder: Name of that party on the roster, with keys = "holder".
+        statistical_security: Of CKKS sums, bits by which the noise of a decryption hides the key.
+        sum_error: Of CKKS sums, the largest error of an entry of a sum of updates, in units of 2^-fraction_bits; 0 for
+            exact sums. The sum of weights is exact in any case.
         mode: "active" (a server that lies is caught) or "semi-honest" (it is trusted to follow the protocol).
         threshold: How many sites must stay to the end of a round; by default the least that the mode allows.
         max_update: Largest absolute value of an entry of an update; larger ones are clipped.
@@ -134,7 +143,11 @@ class Protocol(Section, frozen=True):
         max_failed_rounds: Give up after so many lost rounds in a row.
     """
 
-    aggregation: Literal["masked", "plain"] = "masked"
+    aggregation: Literal["masked", "ckks", "plain"] = "masked"
+    keys: Keys = "threshold"
+    holder: str | None = None
+    statistical_security: int = STATISTICAL_SECURITY
+    sum_error: float = 0.0
     mode: Mode = "active"
     threshold: int | None = None
     max_update: float = 4.0
@@ -223,10 +236,14 @@ class Study(Section, frozen=True):
     def colluders(self) -> int:
         """How many sites may help the server without its learning another's update; meaningless for a plain sum.
 
+        With a holder of the keys, who must not help it, as many as are not needed to make a sum.
+
         Active: a server that shows different survivors to different sites needs 2 t sites to answer, of which those
         who help it count twice, so c < 2 t - n. Semi-honest: c < t. Two sites must stay that do not help.
         """
         n, t = len(self.sites), self.threshold
+        if self.protocol.keys == "shared":
+            return 0
         return min(n - 2, 2 * t - n - 1 if self.protocol.mode == "active" else t - 1)
 
     @property
@@ -389,11 +406,11 @@ def _check_training(study: Study) -> None:
 
 def _check_protocol(study: Study) -> None:
     protocol, n = study.protocol, len(study.sites)
-    masked = protocol.aggregation == "masked"
+    secure = protocol.aggregation != "plain"
     if n < 3:
-        why = "at least 3: of two, each could read the other's update off the sum" if masked else "at least 3"
+        why = "at least 3: of two, each could read the other's update off the sum" if secure else "at least 3"
         _refuse("sites", why, n)
-    least = least_threshold(n, protocol.mode) if masked else 1
+    least = least_threshold(n, protocol.mode) if secure else 1
     if protocol.threshold is not None and not least <= protocol.threshold <= n:
         _refuse(
             "protocol.threshold",
@@ -406,12 +423,31 @@ def _check_protocol(study: Study) -> None:
         if getattr(protocol, key) < lowest:
             _refuse(f"protocol.{key}", f"at least {lowest}", getattr(protocol, key))
     _positive("protocol.max_update", protocol.max_update)
+    _check_ckks(study)
     if study.distributed:
         return  # its sums are of whole numbers, in a ring of their own
     try:
         _ = study.fixed_point
     except (HeadroomError, LocalProtocolError) as error:
         raise StudyError(f"protocol: {error}") from error
+
+
+def _check_ckks(study: Study) -> None:
+    protocol, names = study.protocol, study.site_names
+    if protocol.aggregation != "ckks":
+        for key in ("keys", "holder", "statistical_security", "sum_error"):
+            if (came := getattr(protocol, key)) != getattr(Protocol(), key):
+                _refuse(f"protocol.{key}", f'nothing, as protocol.aggregation is "{protocol.aggregation}"', came)
+        return
+    named = protocol.holder not in names and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", protocol.holder or "")
+    if protocol.keys == "holder" and not named:
+        _refuse("protocol.holder", "the name of a party that is none of the sites", protocol.holder)
+    if protocol.keys != "holder" and protocol.holder is not None:
+        _refuse("protocol.holder", f'none, as protocol.keys is "{protocol.keys}"', protocol.holder)
+    if not 20 <= protocol.statistical_security <= 64:
+        _refuse("protocol.statistical_security", "20 to 64 bits", protocol.statistical_security)
+    if not (math.isfinite(protocol.sum_error) and protocol.sum_error >= 0):
+        _refuse("protocol.sum_error", "a finite number from 0", protocol.sum_error)
 
 
 def _check_privacy(study: Study) -> None:
@@ -458,12 +494,14 @@ def _check_distributed(study: Study) -> None:
     if not study.distributed:
         _refuse_given(study, ("records", "grid", "colluders"))
         return
-    if study.protocol.aggregation != "masked":
+    if study.protocol.aggregation == "plain":
         _refuse(
             "protocol.aggregation",
-            '"masked" where noise is shared: by itself, a site\'s share of it hides too little',
+            '"masked" or "ckks" where noise is shared: by itself, a site\'s share of it hides too little',
             study.protocol.aggregation,
         )
+    if study.protocol.keys == "shared":
+        _refuse("protocol.keys", '"threshold" or "holder" where noise is shared, likewise', study.protocol.keys)
     if not 0 <= privacy.colluders < study.threshold:
         _refuse("privacy.colluders", f"0 to {study.threshold - 1}, below the threshold", privacy.colluders)
     if privacy.mechanism == "distributed-participant":

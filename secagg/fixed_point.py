@@ -183,8 +183,12 @@ class FixedPoint(Struct, frozen=True):
             entries[start : start + _BLOCK] = rounded
         return Encoded(self.ring.reduce(out), clipped)
 
-    def decode(self, total: RingVector) -> tuple[int, npt.NDArray[np.float64]]:
+    def decode(self, total: RingVector, *, error: float = 0.0) -> tuple[int, npt.NDArray[np.float64]]:
         """The opened sum as (sum of weights, weighted mean of shape [d]).
+
+        Args:
+            total: The sum; its first entry, the weights, exact.
+            error: By how many units an entry may be off because the sum was opened with noise.
 
         Raises:
             EmptySum: All weights were zero.
@@ -201,7 +205,7 @@ class FixedPoint(Struct, frozen=True):
         mean = np.empty(total.size - 1)
         for start in range(0, mean.size, _BLOCK):
             sums = self.ring.signed(total[1 + start : 1 + start + _BLOCK])
-            if max(int(sums.max()), -int(sums.min())) > weight * self.unit_limit:
+            if max(int(sums.max()), -int(sums.min())) > weight * self.unit_limit + error:
                 raise RemoteProtocolError(
                     f"an entry of the sum exceeds sum of weights x largest value = {weight} x {self.max_value}: "
                     "a participant sent a vector outside its bounds"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from protocols.homomorphic import Holder
 from protocols.site import Site
 from protocols.state_file import StateFile, answer
 
@@ -12,7 +13,7 @@ class InProcess:
     """Sites as objects. Their states are bytes here too, as they would be on disk, or really are there.
 
     Args:
-        sites: Those that take part.
+        sites: Those that take part, and the holder of their keys if there is one.
         stores: Open state files of those that keep their state on disk, by name.
 
     Attributes:
@@ -20,7 +21,7 @@ class InProcess:
         states: Each site's state after its last message.
     """
 
-    def __init__(self, sites: Iterable[Site], stores: Mapping[str, StateFile] | None = None) -> None:
+    def __init__(self, sites: Iterable[Site | Holder], stores: Mapping[str, StateFile] | None = None) -> None:
         self.sites = {site.name: site for site in sites}
         self.states = dict.fromkeys(self.sites, b"")
         self._stores = stores or {}

@@ -320,7 +320,7 @@ def encrypt(state: Revealed, key: JointKey, setting: Setting, subject: Subject, 
     first, second = np.empty((2, layout.ciphertexts, chain.degree), np.uint64)
     for i, zero in enumerate(encryptions_of_zero(chain, key.public, layout.ciphertexts)):
         first[i], second[i] = zero
-    field.add(first, field.embed(message))
+    field.add_signed(first, message)
     return Encrypted(
         state.me,
         state.session,
@@ -408,39 +408,29 @@ def upload_semi_honest(state: Encrypted) -> tuple[Uploaded, EncryptedInput]:
     return _sent(state, {})
 
 
-def decrypt(state: Uploaded, shown: Uploads, setting: Setting) -> tuple[Answered, PartialDecryption]:
-    """Decrypt: sum the uploads that were confirmed, and multiply by the own share of the joint secret, with noise.
+def decrypt(state: Uploaded, shown: Uploads | Aggregate, setting: Setting) -> tuple[Answered, PartialDecryption]:
+    """Decrypt: multiply the sum by the own share of the joint secret, and add noise.
 
-    Once for each key: two answers of one participant over different sums would open both.
+    In active mode the sum is made here, of the uploads that were confirmed; in semi-honest mode the server's word is
+    taken for it. Once for each key: two answers of one participant over different sums would open both.
 
     Raises:
         BelowThreshold: Fewer than t uploads.
-        RemoteProtocolError: An upload that is not what its owner committed to, or this participant's own missing.
+        RemoteProtocolError: An upload that is not what its owner committed to, this participant's own missing, or
+            another mode's message.
         DecodeError: An upload that is none.
     """
     session, layout = state.session, setting.packing(state.session, state.subject)
-    if state.me not in shown.uploads:
+    if isinstance(shown, Aggregate) == session.params.active:
+        raise RemoteProtocolError(f"the server sent what a session in {session.params.mode} mode does not have")
+    if state.me not in (shown.contributors if isinstance(shown, Aggregate) else shown.uploads):
         raise RemoteProtocolError("the server left our upload out of the sum although we sent it")
     total = zeros(layout)
-    add_confirmed(total, session, state.subject, state.key, state.digests, shown.uploads, layout)
-    return _answer(state, total, setting, layout)
-
-
-def decrypt_semi_honest(state: Uploaded, shown: Aggregate, setting: Setting) -> tuple[Answered, PartialDecryption]:
-    """Decrypt what the server says is the sum, in a session whose parameters say semi-honest.
-
-    Raises:
-        LocalProtocolError: The session is active.
-        BelowThreshold, RemoteProtocolError, DecodeError: As in `decrypt`.
-    """
-    session, layout = state.session, setting.packing(state.session, state.subject)
-    if session.params.active:
-        raise LocalProtocolError("an active session decrypts only what it has summed itself")
-    check_contributors(session, shown.contributors, uploaders(session, state.holders))
-    if state.me not in shown.contributors:
-        raise RemoteProtocolError("the server left us out of the sum although we answered")
-    total = zeros(layout)
-    add_packed(total, shown.second, layout)
+    if isinstance(shown, Aggregate):
+        check_contributors(session, shown.contributors, uploaders(session, state.holders))
+        add_packed(total, shown.second, layout)
+    else:
+        add_confirmed(total, session, state.subject, state.key, state.digests, shown.uploads, layout)
     return _answer(state, total, setting, layout)
 
 

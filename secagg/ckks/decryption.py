@@ -10,7 +10,7 @@ import numpy as np
 from secagg.ckks.joint_key import secret_key, upload_digest, uploads_payload
 from secagg.ckks.messages import HalfUpload, PartialDecryption
 from secagg.ckks.params import Packing, Setting
-from secagg.ckks.polynomials import Residues, arithmetic, gaussian
+from secagg.ckks.polynomials import Residues, arithmetic
 from secagg.errors import DecodeError, RemoteProtocolError
 from secagg.keys import verify
 from secagg.masking.params import Session, Subject
@@ -85,6 +85,11 @@ def add_packed(total: Residues, packed: bytes | memoryview, layout: Packing) -> 
     arithmetic(layout.chain.degree, layout.chain.modulus).add(total, values.reshape(total.shape))
 
 
+def sum_digest(second: Residues) -> bytes:
+    """What stands for the second halves of a sum: what a partial decryption is of."""
+    return hashlib.sha256(np.ascontiguousarray(second, "<u8").data).digest()
+
+
 def zeros(layout: Packing) -> Residues:
     """One half of all ciphertexts of a vector, to add into."""
     return np.zeros((layout.ciphertexts, layout.chain.degree), np.uint64)
@@ -94,11 +99,10 @@ def partial_decryption(
     session: Session, seeds: Mapping[int, bytes], flood: bytes, total: Residues, setting: Setting, layout: Packing
 ) -> PartialDecryption:
     """c1 s and noise (protocol CKS). The noise depends on c1: another sum never gets the same."""
-    digest = hashlib.sha256(layout.ring.pack(total.reshape(-1))).digest()
+    digest = sum_digest(total)
     field = arithmetic(setting.chain.degree, setting.chain.modulus)
     partial = field.products(total, secret_key(setting.chain, session.id, seeds))
-    noise = gaussian(Stream(derive(flood, Label.CKKS_FLOOD, digest, 0)), layout.deviation, total.size)
-    field.add(partial, field.embed(noise).reshape(total.shape))
+    field.flood(partial, Stream(derive(flood, Label.CKKS_FLOOD, digest, 0)), layout.deviation)
     return PartialDecryption(session.terms, digest, memoryview(layout.ring.pack(partial.reshape(-1))))
 
 

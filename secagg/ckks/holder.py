@@ -84,7 +84,7 @@ def decrypt_held(
     layout = setting.packing(session, shown.subject)
     total, everyone = zeros(layout), uploaders(session, (holder_number(session),))
     if isinstance(shown, HeldAggregate) == session.params.active:
-        raise RemoteProtocolError(f"the server sent what a {session.params.mode} session does not have")
+        raise RemoteProtocolError(f"the server sent what a session in {session.params.mode} mode does not have")
     if isinstance(shown, HeldAggregate):
         check_contributors(session, shown.aggregate.contributors, everyone)
         add_packed(total, shown.aggregate.second, layout)

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from secagg.ckks.decryption import add_packed, uploaders
+from secagg.ckks.decryption import add_packed, sum_digest, uploaders
 from secagg.ckks.joint_key import (
     channel_payload,
     check_holder_key,
@@ -400,7 +400,7 @@ def close_uploads(
         state.layout,
         state.first,
         state.second,
-        hashlib.sha256(packed).digest(),
+        sum_digest(state.second),
         frozenset(contributors),
         frozenset(asked),
     )

@@ -174,7 +174,7 @@ class RoundsUnderFire(RuleBasedStateMachine):
                 if number not in self.subjects:  # it has not been told what is summed
                     return None
                 session, subject, vector = self.session(number), self.subjects[number], self.vectors[number][u]
-                answer, after = self.scheme.contribute(session, state, request, subject, vector)
+                answer, after = self.scheme.contribute(session, u, state, request, subject, vector, self.identity[u])
             else:
                 answer, after = self.scheme.step(stage, state, request, self.identity[u])
         except SecAggError:

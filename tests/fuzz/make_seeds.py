@@ -62,7 +62,9 @@ def a_round(mode: str) -> dict[str, bytes]:
             if stage in scheme.setup:
                 answer, states[u] = scheme.agree(stage, party.session, u, states[u], request, identity, entropy)
             elif stage == "MaskedInput":
-                answer, states[u] = scheme.contribute(party.session, states[u], request, party.subject, vectors[u])
+                answer, states[u] = scheme.contribute(
+                    party.session, u, states[u], request, party.subject, vectors[u], identity
+                )
             else:
                 answer, states[u] = scheme.step(stage, states[u], request, identity)
             if stage != "AdvertiseKeys":

@@ -59,7 +59,7 @@ class Play:
         if stage in self.scheme.setup:
             return self.scheme.agree(stage, self.session, u, state, request, identity, ENTROPY)
         if stage == self.scheme.stages[0]:
-            return self.scheme.contribute(self.session, state, request, SUBJECT, vectors()[u])
+            return self.scheme.contribute(self.session, u, state, request, SUBJECT, vectors()[u], identity)
         return self.scheme.step(stage, state, request, identity)
 
     def stage(self):
@@ -273,7 +273,7 @@ def test_the_stage_that_contributes_needs_a_vector_of_the_sums_shape():
     request, state = playing.server.requests()[0], playing.states[0]
     for wrong in (np.zeros(2, np.uint32), np.zeros(3, np.uint64), np.zeros((3, 1), np.uint32)):
         with pytest.raises(LocalProtocolError):
-            playing.scheme.contribute(playing.session, state, request, SUBJECT, wrong)
+            playing.scheme.contribute(playing.session, 0, state, request, SUBJECT, wrong, IDENTITIES[ROSTER.name(0)])
 
 
 def test_a_masked_server_blames_the_sender_of_garbage_and_goes_on():
@@ -355,7 +355,7 @@ def test_a_plain_sum_of_fewer_than_the_threshold_is_lost(threshold):
 
 def test_a_plain_participant_refuses_another_shape_keys_or_a_second_stage():
     with pytest.raises(LocalProtocolError):
-        Plain(1).contribute(session(), b"", b"", SUBJECT, np.zeros(2, np.uint32))
+        Plain(1).contribute(session(), 0, b"", b"", SUBJECT, np.zeros(2, np.uint32), IDENTITIES[ROSTER.name(0)])
     with pytest.raises(RemoteProtocolError, match="no stage Unmask"):
         Plain(1).step("Unmask", b"", b"", IDENTITIES["ash"])
     with pytest.raises(RemoteProtocolError, match="no stage AdvertiseKeys"):

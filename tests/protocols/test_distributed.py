@@ -312,8 +312,9 @@ def test_a_round_that_was_reserved_and_never_confirmed_stays_at_its_worst(tmp_pa
 # --- what the sites keep of each other's ledgers
 
 
-def test_every_site_keeps_the_ends_of_the_others_ledgers(tmp_path):
-    world, ledgers = with_ledgers(tmp_path, noisy(rounds=2), cap=50.0)
+@pytest.mark.parametrize("aggregation", ["masked", "ckks"])
+def test_every_site_keeps_the_ends_of_the_others_ledgers(tmp_path, aggregation):
+    world, ledgers = with_ledgers(tmp_path, noisy(rounds=2, protocol={"aggregation": aggregation}), cap=50.0)
     world.run()
     for name in SITES:
         with ledgers[name] as ledger:

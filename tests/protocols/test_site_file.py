@@ -236,7 +236,7 @@ def test_state_and_counter_are_two_files(here):
         ("[policy]", "[policy]\nsmallest_cohort = 0", r"policy\.smallest_cohort: expected 1 to 65536 sites, got 0"),
         ("[policy]", "[policy]\nsemi_honest = 1", r"policy\.semi_honest: expected true or false, got a whole number"),
         ("[policy]", '[policy]\nschemes = ["open"]', r'policy\.schemes\[0\]: .*"masked", "plain", got|policy.schemes'),
-        ("[policy]", "[policy]\nschemes = []", r"policy\.schemes: expected a list of masked or plain"),
+        ("[policy]", "[policy]\nschemes = []", r"policy\.schemes: expected a list of masked or ckks"),
         ("[policy]", '[policy]\nsuites = ["ROT13"]', r"policy\.suites: expected a list of X25519-"),
         ("[policy]", '[policy]\nlongest_session = "1d"', r"policy\.longest_session: expected a number, got text"),
         ("[policy]", "[policy]\nlongest_session = nan", r"policy\.longest_session: expected 1 second to 30 days"),
