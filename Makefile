@@ -49,6 +49,7 @@ bench: setup
 	$(BIN)/python benchmarks/flamby_heart.py --check --json benchmarks/results/flamby_heart.json
 	$(BIN)/python benchmarks/dp_samplers.py --check --json benchmarks/results/dp_samplers.json
 	$(BIN)/python benchmarks/dp_mean.py --check --json benchmarks/results/dp_mean.json
+	$(BIN)/python benchmarks/dp_heart.py --check --json benchmarks/results/dp_heart.json --plot docs/dp_heart.svg
 
 # In copies of the tree. SAMPLE=n tries n guards only, drawn by the commit or by SEED=..., which the output tells.
 guards: setup
