@@ -11,7 +11,7 @@ help:
 	@echo "make check      what CI runs: test, lint, types, import contracts"
 	@echo "make test-slow  the long tests"
 	@echo "make bench      all benchmarks, with their targets checked; JSON to benchmarks/results"
-	@echo "make guards     every check in secagg/ removed once: does a test notice? SAMPLE=40 for some of them"
+	@echo "make guards     every check in secagg/ and of the ledger removed once: does a test notice? SAMPLE=40 for some of them"
 	@echo "make setup      .venv with everything; quick when nothing changed"
 
 setup: .venv/installed

@@ -1,5 +1,8 @@
 """The check of a ledger names whatever was done to it, and makes the account anew."""
 
+import json
+import math
+import re
 import sqlite3
 
 import msgspec
@@ -10,9 +13,10 @@ from dp.accounting import Spent, spent
 from dp.errors import DpError, LedgerError, LedgerLocked
 from dp.ledger import Receipt
 from dp.ledger_check import examine, timeline
-from dp.ledger_rows import Row, encode_mechanism
+from dp.ledger_rows import Account, Row, encode_mechanism
 from dp.ledger_store import read_rows
-from tests.dp.ledgers import gaussian, holds, made, named, of, opened, reserve, signer, verify
+from dp.mechanisms import Unit
+from tests.dp.ledgers import gaussian, holds, made, named, noise_shares, of, opened, reserve, signer, verify
 
 # --- tampered ledgers, each named
 
@@ -221,6 +225,19 @@ def chained(path, rows):
         put(path, before)
 
 
+def parted(column, cohort):
+    parts = f'{{"{cohort}":["1"],"young":["2"]}}'
+    return f'{{"records":1000,"partition":{{"column":"{column}","parts":{parts}}}}}'
+
+
+def receipt_of(site, **more):
+    return json.dumps({"site": site, "ledger": "0", "sequence": 1, "digest": "0", "signature": "0", **more})
+
+
+def of_participants():
+    return noise_shares(3, unit=Unit.PARTICIPANT)
+
+
 @pytest.mark.parametrize(
     ("number", "changed", "says"),
     [
@@ -243,6 +260,28 @@ def chained(path, rows):
         (4, {"epsilon": None}, "row 4: says what cannot be"),
         (4, {"kind": "receipt", "detail": "{}"}, "row 4: says what cannot be"),
         (1, {"detail": '{"records":1,"partition":{"column":"x","parts":{}}}'}, "row 1: says what cannot be"),
+        (
+            1,
+            {"detail": '{"records":1,"partition":null,"more":1}'},
+            "row 1: says what cannot be: .*unknown field `more`",
+        ),
+        (1, {"detail": "{"}, "row 1: says what cannot be: Input data was truncated"),
+        (1, {"detail": parted("\\u001b", "old")}, "row 1: says what cannot be: the partition's column should"),
+        (1, {"detail": parted("born", "\\u001b")}, "row 1: says what cannot be: a part's cohort should"),
+        (1, {"kind": "cap"}, "row 1: expected a first row of kind open, got cap"),
+        (1, {"relation": "none"}, "row 1: says what cannot be: relation should be one of"),
+        (1, {"unit": "none"}, "row 1: says what cannot be: unit should be one of"),
+        (1, {"epsilon": -1.0}, "row 1: says what cannot be: epsilon should be a positive"),
+        (4, {"kind": "receipt", "detail": receipt_of("\x1b")}, "row 4: says what cannot be: the receipt's site should"),
+        (4, {"kind": "receipt", "detail": receipt_of("west", more=1)}, "row 4: .* unknown field `more`"),
+        (7, {"time": math.inf}, "row 7: says what cannot be: time should be a finite number"),
+        (7, {"study": ""}, "row 7: says what cannot be: study should be 1 to 200"),
+        (7, {"cohort": ""}, "row 7: says what cannot be: cohort should be 1 to 200"),
+        (7, {"reference": "x" * 201}, "row 7: says what cannot be: reference should be 0 to 200"),
+        (7, {"reference": "\x1b"}, "row 7: says what cannot be: reference should be 0 to 200"),
+        (7, {"release": "other"}, "row 7: says what cannot be: release should be training, statistic or tuning"),
+        (7, {"epsilon": -1.0}, "row 7: says what cannot be: epsilon should be a positive"),
+        (6, {"mechanism": encode_mechanism(of_participants())}, "row 6: commits a release that hides another unit"),
     ],
 )
 def test_what_the_holder_of_the_key_writes_must_still_make_sense(spent_ledger, number, changed, says):
@@ -251,7 +290,22 @@ def test_what_the_holder_of_the_key_writes_must_still_make_sense(spent_ledger, n
     first = rows[0].signed(signer("north"))
     put(spent_ledger, first)
     chained(spent_ledger, [first, *rows[1:]])
-    named(spent_ledger, says)
+    findings = named(spent_ledger)
+    assert any(re.match(says, finding) for finding in findings), findings
+
+
+def test_a_reference_comes_once(spent_ledger):
+    rows = [
+        msgspec.structs.replace(row, reference="round 1" if row.kind in ("reserve", "commit") else "")
+        for row in read_rows(spent_ledger).rows
+    ]
+    chained(spent_ledger, rows)
+    named(spent_ledger, "row 5: reserves 'round 1' a second time")
+
+
+def test_there_is_no_cap_before_the_first_row():
+    with pytest.raises(LedgerError, match="without a first row has no cap"):
+        _ = Account().cap
 
 
 def test_a_ledger_written_anew_by_the_holder_of_the_key_shows_by_the_receipt_only(spent_ledger, tmp_path):
