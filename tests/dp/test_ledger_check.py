@@ -303,6 +303,13 @@ def test_a_reference_comes_once(spent_ledger):
     named(spent_ledger, "row 5: reserves 'round 1' a second time")
 
 
+def test_a_site_is_named_in_printable_text(spent_ledger):
+    """Nobody signs for such a name, so that the chain tells first; whoever replays rows alone is told as well."""
+    first = msgspec.structs.replace(read_rows(spent_ledger).rows[0], site="\x1b[31m")
+    with pytest.raises(LedgerError, match=r"^row 1: says what cannot be: site should be 1 to 200 printable"):
+        Account().apply(first)
+
+
 def test_there_is_no_cap_before_the_first_row():
     with pytest.raises(LedgerError, match="without a first row has no cap"):
         _ = Account().cap

@@ -73,7 +73,7 @@ class Outcome(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The configuration: whose guards, which tests to run for each package, and the guards that are known to survive."""
+    """Whose guards, which tests to run for each package, and the guards that are known to survive."""
 
     modules: list[str]
 
