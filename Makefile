@@ -11,7 +11,7 @@ help:
 	@echo "make check      what CI runs: test, lint, types, import contracts"
 	@echo "make test-slow  the long tests"
 	@echo "make bench      all benchmarks, with their targets checked; JSON to benchmarks/results"
-	@echo "make guards     every check in secagg/ removed once: does a test notice? SAMPLE=40 for some of them"
+	@echo "make guards     every check in secagg/ and of the ledger removed once: does a test notice? SAMPLE=40 for some of them"
 	@echo "make setup      .venv with everything; quick when nothing changed"
 
 setup: .venv/installed
@@ -49,6 +49,7 @@ bench: setup
 	$(BIN)/python benchmarks/flamby_heart.py --check --json benchmarks/results/flamby_heart.json
 	$(BIN)/python benchmarks/dp_samplers.py --check --json benchmarks/results/dp_samplers.json
 	$(BIN)/python benchmarks/dp_mean.py --check --json benchmarks/results/dp_mean.json
+	$(BIN)/python benchmarks/dp_heart.py --check --json benchmarks/results/dp_heart.json --plot docs/dp_heart.svg
 
 # In copies of the tree. SAMPLE=n tries n guards only, drawn by the commit or by SEED=..., which the output tells.
 guards: setup

@@ -114,12 +114,16 @@ def machine(packages: Sequence[str]) -> dict[str, str]:
     }
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The options of every benchmark."""
+def arguments(
+    description: str, further: Callable[[argparse.ArgumentParser], object] | None = None
+) -> argparse.Namespace:
+    """The options of every benchmark; `further` adds those of one of them."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer turns and smaller rounds: does it still run?")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
     parser.add_argument("--check", action="store_true", help="exit 1 where a figure misses its target")
+    if further is not None:
+        further(parser)
     return parser.parse_args()
 
 

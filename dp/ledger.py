@@ -181,6 +181,7 @@ class Ledger:
         delta: float,
         time: float,
         epsilon: float | None = None,
+        budget: Budget | None = None,
         reference: str = "",
     ) -> Reservation:
         """Charge a release before it is made; it may be made when this has returned, and not before.
@@ -196,6 +197,7 @@ class Ledger:
             delta: At which the study promises.
             time: Now, in Unix seconds; not before the last row's.
             epsilon: What all of the study's releases together may cost under that relation and delta, or None.
+            budget: A further limit, beside the ledger's cap, on all that the ledger holds; or None. It is not recorded.
             reference: A name for this release within study and cohort. Asking again under it gives the same
                 reservation, for a process that was killed and does the same once more. Only for what comes out the same
                 to the byte when it is done again; without one, every call is charged.
@@ -204,7 +206,7 @@ class Ledger:
             The reservation, to commit.
 
         Raises:
-            BudgetExceeded: The site's cap or the study's epsilon would be exceeded. Nothing is written.
+            BudgetExceeded: The site's cap, the budget or the study's epsilon would be exceeded. Nothing is written.
             ParameterError: A number is out of its range, delta is above one over the records, or another unit
                 than the ledger's.
             LedgerError: The clock ran backwards, the ledger was changed by other hands, the reference is taken by
@@ -238,7 +240,7 @@ class Ledger:
                         "under a reference must be the same"
                     )
                 return Reservation(sequence=taken, mechanism=charge.planned)
-            self._refuse_above(row, mechanism)
+            self._refuse_above(row, mechanism, budget)
             self._append(row)
         return Reservation(sequence=row.sequence, mechanism=mechanism)
 
@@ -412,16 +414,19 @@ class Ledger:
             raise LedgerError(f"{self.path}: {error}") from error
         insert(self._database, row)
 
-    def _refuse_above(self, row: Row, mechanism: Mechanism) -> None:
-        """Refuse a release above the site's cap, or above its study's own epsilon."""
+    def _refuse_above(self, row: Row, mechanism: Mechanism, further: Budget | None) -> None:
+        """Refuse a release above the site's cap, above a further budget, or above its study's own epsilon."""
         cap = self._account.cap
-        limits = [(cap.epsilon, cap.delta, cap.relation, "")]
+        limits = [(Budget(epsilon=cap.epsilon, delta=cap.delta, relation=cap.relation), "")]
+        if further is not None:
+            limits.append((further, ""))
         if row.epsilon is not None and row.delta is not None:
-            limits.append((row.epsilon, row.delta, Relation(row.relation), row.study_digest))
-        for epsilon, delta, relation, study in limits:
-            for group in self._account.together(row.cohort, relation):
+            own = Budget(epsilon=row.epsilon, delta=row.delta, relation=Relation(row.relation))
+            limits.append((own, row.study_digest))
+        for budget, study in limits:
+            for group in self._account.together(row.cohort, budget.relation):
                 so_far = mechanisms_of(c for c in group if not study or c.reserved.study_digest == study)
-                Budget(epsilon=epsilon, delta=delta, relation=relation).require(so_far, mechanism)
+                budget.require(so_far, mechanism)
 
     def _catch_up(self) -> None:
         """Read what was written since, by this process or another, and check it."""

@@ -248,7 +248,7 @@ class Account:
         try:
             self._refuse_misplaced(row)
             getattr(self, f"_apply_{row.kind}")(row)
-        except (ParameterError, msgspec.ValidationError, msgspec.DecodeError) as error:
+        except (ParameterError, msgspec.DecodeError) as error:
             raise LedgerError(f"row {row.sequence}: says what cannot be: {error}") from error
         self.last = row
 

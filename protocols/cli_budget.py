@@ -14,6 +14,8 @@ import typer
 if TYPE_CHECKING:
     from dp.ledger_rows import Partition
     from dp.ledger_store import Stored
+    from protocols.site_file import SiteFile
+    from secagg.keys import Identity
 
 budget_app = typer.Typer(
     name="budget",
@@ -48,6 +50,14 @@ class UnitName(enum.StrEnum):
     participant = "participant"
 
 
+class ReleaseName(enum.StrEnum):
+    """What a release is for."""
+
+    training = "training"
+    statistic = "statistic"
+    tuning = "tuning"
+
+
 class Format(enum.StrEnum):
     """How a statement is written."""
 
@@ -59,15 +69,19 @@ class Format(enum.StrEnum):
 LedgerArgument = Annotated[Path, typer.Argument(metavar="LEDGER", help="A site's budget ledger.", show_default=False)]
 DeltaOption = Annotated[float, typer.Option("--delta", help="At which epsilon is meant.", show_default=False)]
 RelationOption = Annotated[RelationName, typer.Option("--relation", help="Which data sets are neighbours.")]
+SiteFileOption = Annotated[
+    Path, typer.Option("--site-file", metavar="SITE.TOML", help="Whose ledger, and its key.", show_default=False)
+]
+PassphraseOption = Annotated[
+    Path | None, typer.Option("--passphrase-file", metavar="FILE", help="The passphrase of the site's key.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 @budget_app.command("new")
 def new(
     ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="The file to make.", show_default=False)],
-    site_file: Annotated[
-        Path, typer.Option("--site-file", metavar="SITE.TOML", help="Whose ledger, and its key.", show_default=False)
-    ],
+    site_file: SiteFileOption,
     epsilon: Annotated[float, typer.Option("--epsilon", help="The most that may be spent.", show_default=False)],
     delta: DeltaOption,
     records: Annotated[
@@ -82,9 +96,7 @@ def new(
         list[str] | None,
         typer.Option("--part", metavar="COHORT=VALUE,...", help="A cohort, disjoint from all other parts."),
     ] = None,
-    passphrase_file: Annotated[
-        Path | None, typer.Option("--passphrase-file", metavar="FILE", help="The passphrase of the site's key.")
-    ] = None,
+    passphrase_file: PassphraseOption = None,
 ) -> None:
     """Make a site's ledger, once. Disjoint cohorts can be declared now and never again."""
     import time
@@ -92,9 +104,7 @@ def new(
     from dp import DpError
     from dp.ledger_rows import Cap
     from dp.mechanisms import Relation, Unit
-    from protocols.errors import KeyFileError
     from protocols.ledger_file import create_ledger
-    from protocols.rosters import needs_passphrase, read_passphrase
     from protocols.site_file import load_site
     from secagg.errors import SecAggError
 
@@ -102,20 +112,81 @@ def new(
         cap = Cap(epsilon=epsilon, delta=delta, relation=Relation(relation), unit=Unit(unit), records=records)
         partition = _partition(column, part or [])
         site = load_site(site_file)
-        passphrase = None
-        if passphrase_file is not None:
-            passphrase = read_passphrase(passphrase_file)
-        elif needs_passphrase(site.identity):
-            if not sys.stdin.isatty():
-                raise KeyFileError("a passphrase is typed on a terminal, and this is none; give --passphrase-file")
-            passphrase = str(typer.prompt("Passphrase", hide_input=True))
-        identity = site.load_identity(passphrase)
+        identity = _identity(site, passphrase_file)
         create_ledger(ledger, site=site.name, identity=identity, cap=cap, time=time.time(), partition=partition)
     except (SecAggError, DpError) as error:
         _refuse(error)
     typer.echo(
         f"{ledger}  the budget of {site.name}: epsilon {epsilon:g} at delta {delta:g} ({relation}, unit {unit}).\n"
         "Keep it like a bank account: back it up, and never put an older copy back."
+    )
+
+
+@budget_app.command("charge")
+def charge(
+    ledger: LedgerArgument,
+    site_file: SiteFileOption,
+    study: Annotated[str, typer.Option("--study", help="What it belongs to, by a name.", show_default=False)],
+    noise: Annotated[
+        float,
+        typer.Option("--noise", help="Deviation of the Gaussian noise over the sensitivity.", show_default=False),
+    ],
+    sensitivity: Annotated[
+        float, typer.Option("--sensitivity", help="How far one record moves the result, in l2 norm, at most.")
+    ] = 1.0,
+    rate: Annotated[
+        float, typer.Option("--rate", help="Chance of a record to be in it, by a coin of its own that stays secret.")
+    ] = 1.0,
+    steps: Annotated[int, typer.Option("--steps", help="How many such results.")] = 1,
+    release: Annotated[ReleaseName, typer.Option("--release", help="What for.")] = ReleaseName.statistic,
+    cohort: Annotated[str, typer.Option("--cohort", help="Which records, by a name.")] = "all",
+    passphrase_file: PassphraseOption = None,
+) -> None:
+    """Charge a release that is made outside of a study, before it is made; refused above a cap (exit 4).
+
+    For results with Gaussian noise, such as a published count or mean, or the runs of a search for good settings. What
+    is charged is what these options say. The noise is up to you.
+    """
+    import hashlib
+    import time
+
+    from dp import BudgetExceeded, DpError, ParameterError, PoissonSampledGaussian
+    from protocols.cli import Exit, fail
+    from protocols.ledger_file import open_ledger
+    from protocols.site_file import load_site
+    from secagg.errors import SecAggError
+
+    digest = hashlib.sha256(b"secagg charge\0" + study.encode()).digest()  # there is no study file to take it of
+    try:
+        if steps < 1:
+            raise ParameterError(f"--steps should be at least 1, is {steps}")
+        mechanism = PoissonSampledGaussian(
+            sampling_rate=rate, noise_multiplier=noise, steps=steps, l2_clip_norm=sensitivity
+        )
+        site = load_site(site_file)
+        identity = _identity(site, passphrase_file)
+        with open_ledger(ledger, site=site.name, identity=identity, roster=site.roster) as opened:
+            cap = opened.cap
+            reserved = opened.reserve(
+                mechanism,
+                study=study,
+                study_digest=digest,
+                cohort=cohort,
+                release=release.value,
+                relation=cap.relation,
+                delta=cap.delta,
+                budget=site.policy.budget,
+                time=time.time(),
+            )
+            opened.commit(reserved, mechanism, time=time.time())
+            spent = opened.spent(cohort)
+    except BudgetExceeded as error:
+        fail(f"{ledger}: not charged, and not to be released: {error}", Exit.BUDGET)
+    except (SecAggError, DpError) as error:
+        _refuse(error)
+    typer.echo(
+        f"{ledger}  row {reserved.sequence}: charged, and may be released now. Epsilon {spent.epsilon:.4f} of "
+        f"{cap.epsilon:g} is spent on the cohort {cohort}, at delta {cap.delta:g} ({cap.relation})."
     )
 
 
@@ -334,6 +405,25 @@ def _read(ledger: Path) -> Stored:
     if not stored.rows:
         fail(f"{ledger}: holds no rows: they were deleted", Exit.UNPROVEN)
     return stored
+
+
+def _identity(site: SiteFile, passphrase_file: Path | None) -> Identity:
+    """The site's key, with its passphrase from a file or typed, where it has one.
+
+    Raises:
+        KeyFileError: It cannot be read, or nobody is there to type.
+    """
+    from protocols.errors import KeyFileError
+    from protocols.rosters import needs_passphrase, read_passphrase
+
+    passphrase = None
+    if passphrase_file is not None:
+        passphrase = read_passphrase(passphrase_file)
+    elif needs_passphrase(site.identity):
+        if not sys.stdin.isatty():
+            raise KeyFileError("a passphrase is typed on a terminal, and this is none; give --passphrase-file")
+        passphrase = str(typer.prompt("Passphrase", hide_input=True))
+    return site.load_identity(passphrase)
 
 
 def _partition(column: str | None, parts: list[str]) -> Partition | None:

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from msgspec import Struct
 
+from dp import Budget, BudgetExceeded, Mechanism, ParameterError, Relation
 from protocols.errors import PolicyRefusal, StudyError
 from protocols.study import Study
 from secagg.masking.params import SUITE
@@ -38,6 +39,10 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             differ. By less, the difference of the two sums would show the contribution of so few.
         longest_session: Seconds from the site's keys for a round to its last answer under them. What is older is not
             answered: a round that a server keeps open for days keeps the site's secrets on disk as long.
+        epsilon: The most that one study may cost a record here, and all studies together where the site has a ledger.
+            With one, a study without differential privacy is refused.
+        delta: At which `epsilon` is meant; given with it.
+        relation: Under which it is meant.
 
     Raises:
         StudyError: A condition that makes no sense; the message names the key.
@@ -50,6 +55,9 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     semi_honest: bool = False
     smallest_difference: int = 2
     longest_session: float = _DAY
+    epsilon: float | None = None
+    delta: float | None = None
+    relation: Relation = Relation.ADD_OR_REMOVE_ONE
 
     def __post_init__(self) -> None:
         for key, least in (("smallest_cohort", 1), ("smallest_others", 0), ("smallest_difference", 0)):
@@ -61,6 +69,19 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 _refuse(key, f"a list of {' or '.join(known)}, each at most once and one at least", list(listed))
         if not 1 <= self.longest_session <= 30 * _DAY:
             _refuse("longest_session", "1 second to 30 days, in seconds", self.longest_session)
+        if (self.epsilon is None) != (self.delta is None):
+            _refuse("epsilon", "an epsilon and a delta, or neither", [self.epsilon, self.delta])
+        try:
+            _ = self.budget
+        except ParameterError as error:
+            raise StudyError(f"policy: {error}") from error
+
+    @property
+    def budget(self) -> Budget | None:
+        """The most that may be spent on a record, or None where the policy does not say."""
+        if self.epsilon is None or self.delta is None:
+            return None
+        return Budget(epsilon=self.epsilon, delta=self.delta, relation=self.relation)
 
     def check_study(self, site: str, study: Study, suite: str = SUITE) -> None:
         """Refuse a study that asks for less than the policy's conditions.
@@ -93,6 +114,41 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 f"sites: the policy of {site} asks for at least {self.smallest_others} other sites in every sum, and "
                 f"the study has {len(study.sites) - 1}"
             )
+
+    def check_cost(self, site: str, planned: Mechanism | None, *, ledger: bool) -> None:
+        """Refuse a study that would cost more than the policy allows, or so much that no ledger can hold it.
+
+        What counts is not what the study says of itself but what all of its rounds come to, under the policy's delta
+        and relation.
+
+        Args:
+            site: The site's name, for the message.
+            planned: What the whole study releases at its worst; None without differential privacy.
+            ledger: Whether the site keeps a budget ledger.
+
+        Raises:
+            StudyError: The message names the site, the most that is allowed and what the study would cost.
+        """
+        budget = self.budget
+        if planned is None:
+            if budget is not None:
+                raise StudyError(
+                    f"privacy.mechanism: the policy of {site} allows epsilon {budget.epsilon:g} at delta "
+                    f"{budget.delta:g}, and the study has no differential privacy: what it releases has no bound"
+                )
+            if ledger:
+                raise StudyError(
+                    f"privacy.mechanism: {site} keeps a budget ledger, and the study has no differential privacy: what "
+                    "it releases has no bound, and is above every cap"
+                )
+        elif budget is not None:
+            try:
+                budget.require((), planned)
+            except BudgetExceeded as error:
+                raise StudyError(
+                    f"privacy: the policy of {site} allows epsilon {budget.epsilon:g} at delta {budget.delta:g} "
+                    f"({budget.relation}), and the study would come to {error.next:.4f}"
+                ) from error
 
     def check_cohort(
         self,

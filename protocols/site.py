@@ -92,7 +92,8 @@ class Site:
         data: Its rows, raw.
         policy: What it agrees to, whatever the study says.
         ledger: Its budget ledger, open. Every round of training is reserved there before anything is computed, and is
-            refused where all that the ledger holds, other studies included, would cost too much.
+            refused where all that the ledger holds, other studies included, would cost too much. With one, a study
+            without differential privacy is refused.
         entropy: Source of keys, masks, rounding and privacy noise.
         clock: Gives the time in seconds, against the policy's longest session.
 
@@ -140,6 +141,7 @@ class Site:
         self._raw = data
         self._data = None if study.task.standardize == "global" else data.standardized(*_own_standard(study, data))
         self._plan = self._sums.distributed or local_plan(study)
+        self._policy.check_cost(name, self._whole_study(), ledger=ledger is not None)
 
     @property
     def standardized(self) -> bool:
@@ -414,7 +416,7 @@ class Site:
         any other seed, as when the study is run again, the round is another one and costs again.
 
         Raises:
-            BudgetExceeded: The ledger's cap or the study's budget does not allow it.
+            BudgetExceeded: The ledger's cap, the policy's or the study's budget does not allow it.
             LedgerError: The ledger cannot be written, or does not hold.
         """
         if self._ledger is None:
@@ -431,6 +433,7 @@ class Site:
             relation=privacy.relation,
             delta=privacy.delta or 0.0,
             epsilon=privacy.epsilon,
+            budget=self._policy.budget,
             time=self._clock(),
             reference=f"round {message.round} {derive(seed, Label.STAGE, message.work_digest, 3).hex()}",
         )
@@ -452,10 +455,22 @@ class Site:
             self._ledger.commit(memory.reservation, actual, time=self._clock())
 
     def _check_budget(self, memory: Memory) -> None:
-        privacy = self._study.privacy
-        if self._plan is not None and privacy.epsilon is not None and privacy.delta is not None:
+        """Refuse a round that would cost more than the study promises, or than the site's policy allows."""
+        if self._plan is None:
+            return
+        privacy, planned = self._study.privacy, self._plan.mechanism()
+        if privacy.epsilon is not None and privacy.delta is not None:
             budget = Budget(epsilon=privacy.epsilon, delta=privacy.delta, relation=privacy.relation)
-            budget.require(memory.charged, self._plan.mechanism())
+            budget.require(memory.charged, planned)
+        if self._policy.budget is not None:
+            self._policy.budget.require(memory.charged, planned)
+
+    def _whole_study(self) -> Mechanism | None:
+        """What all rounds together release at their worst; None without differential privacy."""
+        if self._plan is None:
+            return None
+        once = self._plan.mechanism()
+        return msgspec.structs.replace(once, steps=once.steps * self._study.rounds)
 
     def _contribute(self, message: SumRequest, memory: Memory, entropy: Entropy) -> tuple[RingVector, int]:
         """The site's vector for this round, over the ring, and how many local steps it took."""

@@ -54,6 +54,30 @@ def test_the_study_file_in_the_docs_is_a_study():
     assert parse_study(text).site_names == ("north", "south", "west")
 
 
+def test_what_privacy_costs_is_what_was_measured():
+    """Every line of the tables of docs/study.md, and README's figures in their order."""
+    content = msgspec.json.decode((ROOT / "benchmarks" / "results" / "dp_heart.json").read_bytes())
+    measured = {figure["name"]: figure["value"] for figure in content["figures"]}
+    assert not content["quick"]
+    assert not content["missed"]
+    section = (ROOT / "docs" / "study.md").read_text(encoding="utf-8").partition("## What privacy costs")[2]
+    rows = re.findall(r"^\| ([\w, -]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", section, re.MULTILINE)
+    assert len(rows) == 8
+    shown = {}
+    for name, *values in rows:
+        setting = "distributed-sgd" if name == "everyone" else name
+        shown[setting] = [f"{measured[f'epsilon {e}, {setting}: AUC']:.3f}" for e in (1, 3, 8)]
+        assert values == shown[setting], name
+    told = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("Noise inside the secure sum")[2].partition("##")[0]
+    )
+    figures = [value for way in ("distributed-sgd", "central", "local-sgd") for value in shown[way]]
+    assert [f"0{value}" for value in re.findall(r"(?<!\d)\.\d{3}", told)] == [
+        *figures,
+        f"{measured['no privacy: AUC']:.3f}",
+    ]
+
+
 def documented_keys() -> set[str]:
     """Paths named in the first column of the table of docs/study.md; a bare name continues the row's first table."""
     keys = set()

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.dp.ledgers import made
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -10,3 +12,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A new ledger of north."""
+    return made(tmp_path)

@@ -22,7 +22,7 @@ GUARD_CALL = re.compile(r"_?(check|require|expect|refuse)(_\w+)?|agree|[A-Z]\w*"
 
 
 # Where a check does not raise but notes what is wrong: the lists for the notes, and the functions that return one.
-NOTES = re.compile(r"problems|failed")
+NOTES = re.compile(r"problems|failed|findings")
 PROBLEMS = re.compile(r"_?problems(_\w+)?")
 
 

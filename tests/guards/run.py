@@ -1,4 +1,4 @@
-"""Remove every check in `secagg/`, one at a time, and tell which removals no test notices.
+"""Remove every check in the modules of `guards.toml`, one at a time, and tell which removals no test notices.
 
 `make guards` does it for all, `make guards SAMPLE=40` for some of every module. It works in copies of the tree, so the
 tree itself is never changed, and needs nothing but the tests' own dependencies and cosmic-ray.
@@ -73,10 +73,12 @@ class Outcome(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The configuration: which tests to run, and the guards that are known to survive."""
+    """Whose guards, which tests to run for each package, and the guards that are known to survive."""
+
+    modules: list[str]
 
     timeout_s: float
-    steps: list[list[str]]
+    steps: dict[str, list[list[str]]]
     first: dict[str, list[str]]
     justified: dict[Key, str]
 
@@ -87,13 +89,13 @@ def load_config(path: Path = CONFIG) -> Config:
     justified = {Key(e["file"], e["function"], e["guard"]): e["why"] for e in entries}
     if len(justified) != len(entries) or not all(why.strip() for why in justified.values()):
         raise SystemExit(f"{path.name}: a guard is justified twice, or without a reason")
-    return Config(table["timeout_s"], table["steps"], table.get("first", {}), justified)
+    return Config(table["modules"], table["timeout_s"], table["steps"], table.get("first", {}), justified)
 
 
 def find_guards(root: Path = ROOT) -> list[Guard]:
     """All guards by file and line. Of those with the same text in one function, all but the first are numbered."""
     guards = []
-    for path in sorted(root.glob("secagg/**/*.py")):
+    for path in sorted({path for pattern in load_config().modules for path in root.glob(pattern)}):
         tree = get_ast_from_path(path)
         nodes = list(ast_nodes(tree))
         if wrong := next((node for node in nodes if node.type in ("error_node", "error_leaf")), None):
@@ -156,7 +158,7 @@ def try_guard(guard: Guard, config: Config) -> Outcome:
             compile(mutated, guard.key.file, "exec")
         except SyntaxError as error:
             return Outcome(guard, "broken", str(error))
-        for paths in ([first] if first else []) + config.steps:
+        for paths in ([first] if first else []) + config.steps[guard.key.file.partition("/")[0]]:
             kind, by = pytest_run(paths, config.timeout_s)
             if kind != "passed":
                 return Outcome(guard, kind, by)
@@ -172,7 +174,8 @@ def use_copy(folder: Path) -> None:
 def check_copies(copies: list[Path], config: Config) -> None:
     """Make sure that the tests can be collected there, and that they import the copy: each fails when it is broken."""
     use_copy(copies[0])
-    paths = [path for step in (*config.first.values(), *config.steps) for path in step]
+    steps = [step for package in config.steps.values() for step in package]
+    paths = [path for step in (*config.first.values(), *steps) for path in step]
     # Leaves compiled modules and tests behind, so that no later run has to compile more than one.
     collected = subprocess.run([*PYTEST, "--collect-only", *paths], check=False, capture_output=True, text=True)
     if collected.returncode:

@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from dp.accounting import spent
-from dp.ledger_rows import Cap
+from dp.ledger_rows import Cap, decode_mechanism
+from dp.ledger_store import read_rows
 from dp.mechanisms import PoissonSampledGaussian, Relation, Unit
 from protocols import ledger_report
 from protocols.ledger_file import create_ledger, open_ledger
@@ -427,6 +428,78 @@ def test_a_new_ledger_with_an_encrypted_key_asks_for_its_passphrase(site):
     Path("site.toml").write_text(re.sub(r'^north = ".*"$', f'north = "{mine}"', text, flags=re.MULTILINE))
     refused(2, "give --passphrase-file", *NEW)
     done(*NEW, "--passphrase-file", "words")
+
+
+# --- charge
+
+CHARGE = ("charge", "north.ledger", "--site-file", "site.toml", "--study", "census", "--noise", "2")
+
+
+def rows_of(path="north.ledger"):
+    return read_rows(path).rows
+
+
+def test_a_release_outside_of_a_study_is_charged_as_it_is_described(site):
+    done(*NEW)
+    assert f"row 2: charged, and may be released now. Epsilon {of(1):.4f} of 8 is spent" in done(*CHARGE)
+    options = ("--rate", "0.5", "--steps", "3", "--sensitivity", "40", "--release", "tuning", "--cohort", "ward")
+    done(*CHARGE, *options)
+    one, other = [row for row in rows_of() if row.kind == "commit"]
+    assert decode_mechanism(one.mechanism) == gaussian(1)
+    assert decode_mechanism(other.mechanism) == PoissonSampledGaussian(
+        sampling_rate=0.5, noise_multiplier=2.0, steps=3, l2_clip_norm=40.0
+    )
+    assert [(row.study, row.release, row.cohort) for row in (one, other)] == [
+        ("census", "statistic", "all"),
+        ("census", "tuning", "ward"),
+    ]
+    assert (one.delta, one.relation, one.epsilon) == (1e-5, "add-or-remove-one", None)
+    assert "Everything holds" in done("verify", "north.ledger", "--roster", "roster.toml")
+    (census,) = json.loads(done("show", "north.ledger", "--json"))["costs"][:1]
+    assert census["releases"] == [0, 1, 0]
+
+
+def test_the_same_release_made_again_is_charged_again(site):
+    done(*NEW)
+    done(*CHARGE)
+    assert f"Epsilon {of(2):.4f} of 8" in done(*CHARGE)
+
+
+def test_a_release_above_the_cap_is_refused_and_nothing_is_written(site):
+    done(*NEW)
+    refused(4, "not charged, and not to be released: the budget is epsilon 8", *CHARGE, "--steps", "50")
+    assert len(rows_of()) == 1
+    text = Path("site.toml").read_text()
+    Path("site.toml").write_text(
+        text.replace("[fingerprints]", "[policy]\nepsilon = 1.0\ndelta = 1e-5\n[fingerprints]")
+    )
+    refused(4, "not to be released: the budget is epsilon 1", *CHARGE)
+    assert len(rows_of()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--noise", "0"], "noise_multiplier"),
+        (["--steps", "0"], "--steps should be at least 1"),
+        (["--rate", "1.5"], "sampling_rate"),
+        (["--sensitivity", "-1"], "l2_clip_norm"),
+        (["--study", ""], "study should be 1 to 200"),
+        (["--cohort", ""], "cohort should be 1 to 200"),
+        (["--release", "other"], "--release"),
+        (["--site-file", "none.toml"], "none.toml"),
+    ],
+)
+def test_a_charge_that_makes_no_sense_is_not_made(site, options, says):
+    done(*NEW)
+    refused(2, says, *CHARGE, *options)
+    assert len(rows_of()) == 1
+
+
+def test_a_charge_to_a_ledger_that_is_missing_or_for_participants_is_refused(site):
+    refused(2, "there is no ledger", *CHARGE)
+    done(*NEW, "--unit", "participant")
+    refused(2, "a mechanism that hides a record says nothing", *CHARGE)
 
 
 # --- the document

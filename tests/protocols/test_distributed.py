@@ -14,6 +14,7 @@ from protocols.errors import StudyError
 from protocols.ledger_file import create_ledger, open_ledger, verifier
 from protocols.memory import remember
 from protocols.messages import Reply
+from protocols.policy import PERMISSIVE
 from protocols.sessions import Sums
 from protocols.site import Site
 from secagg.prg import deterministic_entropy
@@ -210,7 +211,7 @@ def test_a_ring_too_small_for_the_participants_noise_is_refused():
 # --- the ledger
 
 
-def with_ledgers(tmp_path, a_study, *, cap, seed=b"world"):
+def with_ledgers(tmp_path, a_study, *, cap, seed=b"world", policy=PERMISSIVE):
     """A world whose sites write ledgers, the same sites for all seeds; gives it and the open ledgers."""
     world = World(a_study)
     world.entropy = {name: deterministic_entropy(seed + name.encode()) for name in SITES}
@@ -221,14 +222,13 @@ def with_ledgers(tmp_path, a_study, *, cap, seed=b"world"):
             limit = Cap(epsilon=cap, delta=1e-3, relation=Relation.ADD_OR_REMOVE_ONE, unit=Unit.RECORD, records=20)
             create_ledger(path, site=name, identity=identity, cap=limit, time=0.0)
         ledgers[name] = open_ledger(path, site=name, identity=identity, roster=world.roster)
-        old = world.sites[name]
         site = Site(
             a_study,
             name,
             identity,
             world.roster,
             world.data[name],
-            policy=old._policy,
+            policy=policy,
             ledger=ledgers[name],
             entropy=world.entropy[name],
         )
@@ -266,6 +266,33 @@ def test_a_cap_that_another_study_has_used_up_stops_the_round_before_anything_is
     with ledgers["ash"] as ledger:
         assert ledger.spent("all").epsilon == before
         assert ledger.head().sequence == rows
+
+
+def test_a_cap_in_the_sites_policy_holds_for_all_studies_of_the_ledger(tmp_path):
+    """The ledger itself would allow both; each by itself keeps to the policy."""
+    once = spent([protocols.fedavg.distributed_plan(noisy(), 4).mechanism()], 1e-3).epsilon
+    policy = msgspec.structs.replace(PERMISSIVE, epsilon=once, delta=1e-3)
+    for name in ("first", "second"):
+        world, ledgers = with_ledgers(tmp_path, noisy(name=name), cap=50.0, policy=policy)
+        world.run()
+        rows = ledgers["ash"].head().sequence
+        cost = ledgers["ash"].spent("all").epsilon
+        for ledger in ledgers.values():
+            ledger.close()
+        if name == "first":
+            assert world.coordinator.stopped is None
+            before = rows, cost
+    assert "budget" in world.coordinator.stopped
+    assert (rows, cost) == before
+    assert cost < once
+    assert all(site.evaluations == [] or site.evaluations[0].round is None for site in world.sites.values())
+
+
+def test_a_site_with_a_ledger_takes_no_part_in_a_study_without_differential_privacy(tmp_path):
+    """Exact sums cost more than any cap, also those for the standardisation alone."""
+    for made in (study(), study(task={"standardize": "global"})):
+        with pytest.raises(StudyError, match=r"^privacy\.mechanism: ash keeps a budget ledger, .* above every cap$"):
+            with_ledgers(tmp_path, made, cap=50.0)
 
 
 def test_a_study_that_is_run_again_costs_again(tmp_path):

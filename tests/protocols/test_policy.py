@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+from dp import Relation, spent
 from protocols.engines.faulty import Fault
 from protocols.errors import StudyError
 from protocols.fedavg import build_model, gradient_update
+from protocols.memory import remember
 from protocols.policy import PERMISSIVE, Policy
 from secagg.errors import RemoteProtocolError
 from secagg.masking.params import SUITE
+from secagg.wire import encode
 from tests.protocols.hospitals import SITES, World, fedsgd, study
 
 
@@ -44,6 +48,9 @@ def test_the_default_policy_is_strict_and_takes_the_default_study():
         semi_honest=False,
         smallest_difference=2,
         longest_session=86_400,
+        epsilon=None,
+        delta=None,
+        relation=Relation.ADD_OR_REMOVE_ONE,
     )
 
 
@@ -76,11 +83,27 @@ def test_a_suite_that_the_site_does_not_allow_is_refused():
             ({"longest_session": seconds}, "longest_session: expected 1 second to 30 days, in seconds, got")
             for seconds in (0, 0.5, -1, 30 * 86_400 + 1, math.inf, math.nan)
         ],
+        ({"epsilon": 1.0}, r"epsilon: expected an epsilon and a delta, or neither, got \[1\.0, None\]"),
+        ({"delta": 1e-5}, r"epsilon: expected an epsilon and a delta, or neither, got \[None, 1e-05\]"),
     ],
 )
 def test_a_condition_that_makes_no_sense_is_refused_by_its_name(condition, says):
     with pytest.raises(StudyError, match=rf"^policy\.{says}"):
         Policy(**condition)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"epsilon": 0.0}, "epsilon should be a positive finite number, is 0.0"),
+        ({"epsilon": math.inf}, "epsilon should be a positive finite number, is inf"),
+        ({"delta": 0.0}, "delta should be a positive finite number, is 0.0"),
+        ({"delta": 1.0}, "delta should be less than 1, is 1.0"),
+    ],
+)
+def test_a_cap_that_makes_no_sense_is_refused(bad, says):
+    with pytest.raises(StudyError, match=f"^policy: {says}$"):
+        Policy(**{"epsilon": 8.0, "delta": 1e-5, **bad})
 
 
 def test_the_limits_of_the_conditions_are_conditions():
@@ -187,3 +210,74 @@ def test_the_same_cohort_may_be_asked_again_and_other_models_with_any():
     world.coordinator._optimizer.step = lambda mean: None
     world.run()
     assert [record.outcome for record in world.rounds[:2]] == ["opened"] * 2
+
+
+# --- the cap on epsilon
+
+LOCAL = {"mechanism": "local-sgd", "delta": 1e-3, "noise_multiplier": 1.0, "sampling_rate": 0.5}
+
+
+def capped(epsilon, delta=1e-3, relation=Relation.ADD_OR_REMOVE_ONE):
+    return msgspec.structs.replace(PERMISSIVE, epsilon=epsilon, delta=delta, relation=relation)
+
+
+def private(**privacy):
+    return fedsgd(rounds=3, privacy={**LOCAL, **privacy})
+
+
+def whole_cost(made, delta=1e-3, relation=Relation.ADD_OR_REMOVE_ONE):
+    planned = World(made).sites["ash"]._plan.mechanism()
+    return spent([planned] * made.rounds, delta, relation).epsilon
+
+
+def taken_up(made, policy):
+    World(made).site("ash", policy=policy)
+
+
+def test_a_study_without_differential_privacy_is_refused_under_a_cap():
+    with pytest.raises(
+        StudyError, match=r"^privacy\.mechanism: the policy of ash allows epsilon 100 at delta 0\.001, .* no"
+    ):
+        taken_up(study(), capped(100.0))
+    taken_up(study(), PERMISSIVE)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        private(),
+        private(epsilon=2.0, noise_multiplier=None),
+        private(mechanism="distributed-sgd", records=50, grid=1 << 16),
+    ],
+    ids=["noise says it", "epsilon says it", "distributed"],
+)
+def test_a_study_whose_rounds_come_to_more_than_the_cap_is_not_taken_up(made):
+    """It is refused before its first round, not in the middle of it."""
+    cost = whole_cost(made)
+    taken_up(made, capped(cost))
+    with pytest.raises(StudyError, match=rf"^privacy: the policy of ash allows epsilon .*, .* come to {cost:.4f}$"):
+        taken_up(made, capped(cost - 1e-3))
+
+
+def test_a_study_cannot_hide_its_cost_behind_a_delta_or_a_relation_of_its_own():
+    """Its epsilon is small at its delta; at the site's it is not."""
+    made = private(epsilon=2.0, noise_multiplier=None, delta=0.02)
+    taken_up(made, capped(2.0, delta=0.02))
+    assert whole_cost(made, delta=1e-6) > 3.0
+    with pytest.raises(StudyError, match="allows epsilon 2 at delta 1e-06"):
+        taken_up(made, capped(2.0, delta=1e-6))
+    made = private(epsilon=2.0, noise_multiplier=None)
+    with pytest.raises(StudyError, match=r"allows epsilon 2 at delta 0\.001 \(replace-one\)"):
+        taken_up(made, capped(2.0, relation=Relation.REPLACE_ONE))
+
+
+def test_what_the_state_says_was_spent_counts_against_the_cap_before_a_round():
+    world = World(private(), policy=capped(whole_cost(private())))
+    memory = remember(world.states["ash"])
+    once = world.sites["ash"]._plan.mechanism()
+    spent_already = msgspec.structs.replace(memory, mechanisms=(msgspec.structs.replace(once, steps=3),))
+    world.states["ash"] = encode(spent_already)
+    world.run()
+    assert all(record.dropped["ash"] == "refused (budget) at AdvertiseKeys" for record in world.rounds[:1])
+    assert "ash" not in world.rounds[0].contributors
+    assert {"birch", "cedar", "dogwood"} == set(world.rounds[0].contributors)

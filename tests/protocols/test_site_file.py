@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dp import Relation
 from protocols import site_file
 from protocols.errors import KeyFileError, SiteFileError, StateError
 from protocols.policy import Policy
@@ -84,6 +85,7 @@ def test_everything_that_it_may_say(here):
     policy = (
         f'smallest_cohort = 5\nsmallest_others = 4\nschemes = ["masked", "plain"]\nsuites = ["{SUITE}"]\n'
         "semi_honest = true\nsmallest_difference = 3\nlongest_session = 3600\n"
+        'epsilon = 8.0\ndelta = 1e-5\nrelation = "replace-one"\n'
     )
     paths = 'counter = "/mnt/other/count"\ndata = "../rows.csv"\n'
     site = load_site(here.write(paths + here.text(policy)).file)
@@ -97,6 +99,9 @@ def test_everything_that_it_may_say(here):
         semi_honest=True,
         smallest_difference=3,
         longest_session=3600,
+        epsilon=8.0,
+        delta=1e-5,
+        relation=Relation.REPLACE_ONE,
     )
 
 
@@ -239,6 +244,9 @@ def test_state_and_counter_are_two_files(here):
         ("[policy]", "[policy]\nschemes = []", r"policy\.schemes: expected a list of masked or ckks"),
         ("[policy]", '[policy]\nsuites = ["ROT13"]', r"policy\.suites: expected a list of X25519-"),
         ("[policy]", '[policy]\nlongest_session = "1d"', r"policy\.longest_session: expected a number, got text"),
+        ("[policy]", "[policy]\nepsilon = 8.0", r"policy\.epsilon: expected an epsilon and a delta, or neither"),
+        ("[policy]", "[policy]\nepsilon = 8.0\ndelta = 2.0", r"policy: delta should be less than 1"),
+        ("[policy]", '[policy]\nrelation = "any"', r"policy\.relation: expected .*add-or-remove-one.*"),
         ("[policy]", "[policy]\nlongest_session = nan", r"policy\.longest_session: expected 1 second to 30 days"),
         ('"north.state"', '""', "state: expected a path, got ''"),
         ('"north.state"', '"a\\u0000b"', "state: expected a path, got"),
@@ -292,7 +300,7 @@ def test_the_site_file_in_the_docs_is_one(here):
         text = re.sub(rf'^{name} = ".*"$', f'{name} = "{pin}"', text, flags=re.MULTILINE)
     site = load_site(here.write(text).file)
     assert site.name == "north"
-    assert site.policy == Policy(longest_session=7200)
+    assert site.policy == Policy(longest_session=7200, epsilon=8.0, delta=1e-5)
 
 
 def test_every_key_of_a_site_file_is_documented_with_its_default_and_no_other():
@@ -309,4 +317,5 @@ def test_every_key_of_a_site_file_is_documented_with_its_default_and_no_other():
     for key in Policy.__struct_fields__:
         value = getattr(Policy(), key)
         shown = msgspec.json.encode(value).decode().replace(SUITE, "...") if key != "longest_session" else "86400"
+        shown = "none" if value is None else shown
         assert rows[f"policy.{key}"].strip("`").replace(SUITE, "...") == shown, key
