@@ -475,11 +475,13 @@ def _sent(state: Encrypted, digests: dict[int, bytes]) -> tuple[Uploaded, Encryp
 
 
 def _answer(state: Uploaded, total: Residues, setting: Setting, layout: Packing) -> tuple[Answered, PartialDecryption]:
-    seeds = {state.me: state.seed}
-    if setting.keys == "shared":  # everyone has all of them
+    seeds, answered = {state.me: state.seed}, Answered(state.me, state.session, state.holders, state.held)
+    if setting.keys == "shared":
+        # Everyone has all of them, and nobody gives one away: there is nothing to recover.
         seeds = {v: state.held[v][-len(state.seed) :] for v in state.holders}
+        answered = Answered(state.me, state.session, (), {})
     partial = partial_decryption(state.session, seeds, state.flood, total, setting, layout)
-    return Answered(state.me, state.session, state.holders, state.held), partial
+    return answered, partial
 
 
 def _check_identity(session: Session, me: int, identity: Identity) -> None:

@@ -33,9 +33,9 @@ Keys = Literal["threshold", "holder", "shared"]
 
 STATISTICAL_SECURITY = 30
 """s: as OpenFHE's default for noise flooding."""
-# Coefficients of every ciphertext that are zero: where they do not come out small, a partial decryption was wrong. The
-# noise fills far less than 2^-16 of the modulus, so that garbage passes with less than 2^-64.
-_CHECKED = 4
+# The chance that garbage passes for a sum, bits.
+_GARBAGE_BITS = 64
+_LEAST_CHECKED = 4
 # The chance that noise exceeds its bound anywhere in a sum, bits.
 _FAILURE_BITS = 40
 # An error's length over the square root of N, in deviations of one coefficient: never as much as that.
@@ -78,6 +78,7 @@ class Packing(Struct, frozen=True):
         head: Number, bits and scale of digits of the first entry, exact and by themselves, where the others are not
             exact.
         deviation: Of the noise with which each partial decryption is flooded, in units of a coefficient.
+        checked: Coefficients of every ciphertext that are zero, and come out small if all decryptions are right.
         bound: What the noise of an opened coefficient exceeds with a chance below 2^-40 in the whole sum.
     """
 
@@ -89,11 +90,12 @@ class Packing(Struct, frozen=True):
     head: tuple[int, int, int] | None
     deviation: float
     bound: float
+    checked: int
 
     @property
     def ciphertexts(self) -> int:
         """How many ciphertexts a vector takes."""
-        return -(-self._coefficients // (self.chain.degree - _CHECKED))
+        return -(-self._coefficients // self._used)
 
     @property
     def upload_bytes(self) -> int:
@@ -111,6 +113,11 @@ class Packing(Struct, frozen=True):
         return Ring(self.chain.bits)
 
     @property
+    def _used(self) -> int:
+        """Coefficients of a ciphertext that hold digits."""
+        return self.chain.degree - self.checked
+
+    @property
     def _coefficients(self) -> int:
         return self.digits * self.need.dimension + (self.head[0] if self.head else 0)
 
@@ -121,7 +128,7 @@ class Packing(Struct, frozen=True):
         if self.head is not None:
             digits, bits, scale = self.head
             parts += [each * scale for each in _split(values[:1], digits, bits)]
-        used = self.chain.degree - _CHECKED
+        used = self._used
         flat = np.zeros(self.ciphertexts * used, np.int64)
         flat[: self._coefficients] = np.concatenate(parts)
         out = np.zeros((self.ciphertexts, self.chain.degree), np.int64)
@@ -135,7 +142,7 @@ class Packing(Struct, frozen=True):
             RemoteProtocolError: The phase is not that of a sum.
         """
         centred = arithmetic(self.chain.degree, self.chain.modulus).centred(phase)
-        used = self.chain.degree - _CHECKED
+        used = self._used
         if np.abs(centred[:, used:]).max() > self.bound:
             raise RemoteProtocolError(
                 "the sum does not open: a partial decryption is wrong, or a ciphertext; who sent it cannot be told"
@@ -213,27 +220,35 @@ def ciphertext_deviation(chain: Chain, participants: int) -> float:
 
 
 def _packing(chain: Chain, participants: int, need: Need, security: int, digits: int) -> Packing | None:
-    used = chain.degree - _CHECKED
+    checked = _LEAST_CHECKED
+    while True:
+        deviation, bound = _noise(chain, participants, need, security, digits, chain.degree - checked)
+        # Of garbage, a coefficient passes with the share of the modulus that noise may take.
+        spread = math.log2(chain.modulus / (2 * bound))
+        if spread * checked >= _GARBAGE_BITS:
+            break
+        checked = math.ceil(_GARBAGE_BITS / spread) if spread > 0 else chain.degree
+        if checked > chain.degree // 2:
+            return None
+    error, head = need.error if digits == 1 else 0.0, None
+    fitted = _scaled(chain, participants, need.ring_bits, digits, bound, error)
+    if fitted is not None and error:
+        each = range(1, need.ring_bits + 1)
+        exact = ((n, _scaled(chain, participants, need.ring_bits, n, bound, 0.0)) for n in each)
+        head = next(((n, *found) for n, found in exact if found is not None), None)
+        if head is None:
+            return None
+    return None if fitted is None else Packing(chain, need, digits, *fitted, head, deviation, bound, checked)
+
+
+def _noise(chain: Chain, participants: int, need: Need, security: int, digits: int, used: int) -> tuple[float, float]:
+    """(deviation of the flooding, bound of an opened coefficient's noise) where ciphertexts hold `used` digits."""
     # With digits for the first entry alone, of which there are never more than bits.
     count = -(-(digits * need.dimension + (need.ring_bits if need.error else 0)) // used)
     error = ciphertext_deviation(chain, participants)
     deviation = math.sqrt(12 * count) * 2 ** (security / 2) * _LENGTH * math.sqrt(chain.degree) * error
-    opened = math.sqrt(participants) * deviation + error
     tail = -NormalDist().inv_cdf(2.0 ** -(_FAILURE_BITS + 1) / (count * chain.degree))
-    bound = tail * opened
-    exact = _scaled(chain, participants, need.ring_bits, digits, bound, 0.0)
-    if need.error and digits == 1:
-        fitted = _scaled(chain, participants, need.ring_bits, 1, bound, need.error)
-        if fitted is None:
-            return None
-        for head_digits in range(1, need.ring_bits + 1):
-            head = _scaled(chain, participants, need.ring_bits, head_digits, bound, 0.0)
-            if head is not None:
-                return Packing(chain, need, 1, *fitted, (head_digits, *head), deviation, bound)
-        return None
-    if exact is None:
-        return None
-    return Packing(chain, need, digits, *exact, None, deviation, bound)
+    return deviation, tail * (math.sqrt(participants) * deviation + error)
 
 
 def _scaled(
@@ -241,7 +256,7 @@ def _scaled(
 ) -> tuple[int, int] | None:
     """(bits of a digit, scale) with which the sums of digits stay within half the modulus, if they do."""
     digit_bits = -(-ring_bits // digits)
-    scale = math.ceil(bound / (error + 0.5)) + 1
+    scale = math.ceil(bound / (math.floor(error) + 0.5)) + 1
     # Digits are balanced; the ring's signed sum bounds that of the last, but for what the others carry into it.
     lower = participants << (digit_bits - 1) if digits > 1 else 0
     last = (1 << max(0, ring_bits - 1 - (digits - 1) * digit_bits)) + (participants if digits > 1 else 0)

@@ -809,7 +809,6 @@ def test_so_many_called_missing_that_fewer_than_t_have_answered(mode):
     game.answer(0, Missing(tuple(range(t, 5))))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: with shared keys a share is the whole seed, and Recover hands it out")
 def test_with_shared_keys_nobody_gives_a_seed_to_the_server():
     game = Play(4, keys="shared").play("Decrypt")
     seeds = {u: game.states[u].seed for u in range(4)}
