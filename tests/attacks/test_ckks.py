@@ -244,6 +244,19 @@ def test_a_participant_seals_nonsense(text, told):
     refuses(game, 0, replaced(inbox, boxes={**inbox.boxes, 1: box}), match=told)
 
 
+@pytest.mark.parametrize("size", [0, 32, 34])
+def test_a_share_of_another_length_inside_a_box(size):
+    """Called from Python: over the wire such a box does not decode."""
+    game = Play(4).play("ShareKeys")
+    agreed = AgreementKey(game.states[1].channel_secret).agree(game.outbox[0].keys[0].channel_key)
+    game.play("RevealKey")
+    sid, inbox = game.session.id, game.outbox[0]
+    text = (1).to_bytes(4, "big") + (0).to_bytes(4, "big") + bytes(size)
+    box = seal(channel_key(agreed, sid, 1, 0), sid, 1, 0, text)
+    with pytest.raises(RemoteProtocolError, match="no field element"):
+        client.reveal(game.states[0], replaced(inbox, boxes={**inbox.boxes, 1: box}), game.setting)
+
+
 @modes
 def test_the_server_takes_boxes_for_all_others_and_a_signed_commitment(mode):
     game = Play(4, mode).play("ShareKeys")

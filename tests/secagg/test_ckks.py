@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import pickle
 import random
 from typing import get_args
@@ -299,6 +300,26 @@ def test_seals_own_ckks_decrypts_our_ciphertexts(chain):
 def test_a_context_that_seal_refuses_is_refused():
     with pytest.raises(LocalProtocolError, match="SEAL refuses these parameters"):
         _context(2048, [seal.Modulus(12289 * 5 + 2)])
+
+
+class Saved:
+    """What a build of SEAL that compresses in another way would write."""
+
+    def save(self, path):
+        with open(path, "wb") as file:
+            file.write(b"\x5e\xa1\x10\4\3\1\0\0" + (32).to_bytes(8, "little") + bytes(16))
+
+
+def test_an_unknown_compression_is_refused():
+    with _File() as file, pytest.raises(LocalProtocolError, match="compresses in a way that is not known here: 1"):
+        file.read(Saved(), 2)
+
+
+def test_a_file_in_memory_that_is_cut_short_is_not_read(monkeypatch):
+    field = arithmetic(2048, CHAINS[0].modulus)
+    monkeypatch.setattr(os, "pwritev", lambda *_: 100)
+    with pytest.raises(LocalProtocolError, match="wrote 100 of .* bytes to a file in memory: is memory short"):
+        field.transformed(residues(2, 2048, CHAINS[0].modulus))
 
 
 # --- whole sums ---
@@ -651,6 +672,30 @@ def test_changed_messages_and_states_decode_or_are_refused():
         for seed in seeds:
             kept_or_held(seed, kind)
         built_in(target, seeds, inputs=300)
+
+
+@pytest.mark.parametrize("size", [0, 56, 58])
+def test_a_box_of_another_length_is_refused(size):
+    sent = Play(3).play("ShareKeys").answer(0)
+    inbox = Play(3).play("RevealKey").outbox[0]
+    for message in (sent, inbox):
+        assert {len(box) for box in message.boxes.values()} == {57}
+        with pytest.raises(DecodeError, match="length"):
+            through(replaced(message, boxes={**message.boxes, 1: bytes(size)}))
+
+
+def test_lists_and_shares_of_a_key_are_no_longer_than_they_can_be():
+    terms, most = session_of(3).terms, 1 << 16
+    for make in (
+        lambda size: messages.KeyShare(terms, bytes(size)),
+        lambda size: messages.KeyShares({0: bytes(size)}),
+        lambda size: messages.HolderKey(terms, bytes(32), bytes(size), b""),
+        lambda size: messages.Missing((1,) * size),
+        lambda size: messages.Aggregate((1,) * size, memoryview(b"")),
+    ):
+        assert through(make(most)) == make(most)
+        with pytest.raises(DecodeError, match="length"):
+            through(make(most + 1))
 
 
 def kept_or_held(data, kind):
