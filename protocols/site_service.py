@@ -22,10 +22,12 @@ from msgspec import Struct
 from dp import DpError, Spent
 from protocols.datasets import SiteData, heart_disease, read_csv
 from protocols.errors import ServiceError, SiteFileError
+from protocols.fedavg import build_model
 from protocols.hello import Hello
 from protocols.ledger_file import open_ledger
 from protocols.metrics import Metrics
 from protocols.rosters import roster_digest
+from protocols.run import threads_for
 from protocols.site import Site
 from protocols.site_file import SiteFile, load_site
 from protocols.site_socket import ANSWER, FAILED, HELLO, MESSAGE, receive, send
@@ -208,7 +210,7 @@ def open_host(
 ) -> Iterator[SiteHost]:
     """The same as `open_site` where the site's file is read, and its rows are there already."""
     identity = file.load_identity(passphrase)
-    with ExitStack() as opened:
+    with threads_for(build_model(study, len(data.features))), ExitStack() as opened:
         ledger = None
         if file.ledger is not None:
             ledger = opened.enter_context(

@@ -111,7 +111,11 @@ def simulate(
                 num_supernodes=len(study.sites),
                 backend_config={
                     "client_resources": {"num_cpus": cpus, "num_gpus": 0.0},
-                    "init_args": {"logging_level": logging.WARNING, "log_to_driver": False, "_node_ip_address": "127.0.0.1"},
+                    "init_args": {
+                        "logging_level": logging.WARNING,
+                        "log_to_driver": False,
+                        "_node_ip_address": "127.0.0.1",
+                    },
                 },
             )
         if not ended:
