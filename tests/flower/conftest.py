@@ -57,13 +57,23 @@ class Ward:
         from protocols.engines.flower.conduct import conduct
         from protocols.engines.flower.engine import Patience
 
-        patience = Patience(gather=5.0, stage=6.0, resend=1.5, absent=0.6, poll=0.02)
+        patience = Patience(gather=10.0, stage=20.0, resend=3.0, absent=0.6, poll=0.02)
         given = {"patience": patience, "say": self.lines.append, **changes}
         return conduct(self.grid, given.pop("study", self.study), given.pop("roster", self.roster), **given)
 
 
+@pytest.fixture(scope="session")
+def warm(one_thread):
+    """Everything that training imports is there before a process is forked."""
+    from protocols.run import load_data, run_study
+    from protocols.study import parse_study
+
+    study = parse_study(STUDY.format(rounds=1, more=""))
+    run_study(study, load_data(study))
+
+
 @pytest.fixture
-def ward():
+def ward(warm):
     """Makes wards; their processes are ended whatever the test does."""
     made = []
     with tempfile.TemporaryDirectory(prefix="secagg-") as name:
@@ -79,5 +89,5 @@ def ward():
         finally:
             for each in made:
                 for hospital in each.hospitals.values():
-                    hospital.kill()
                     print(hospital.told())
+                    hospital.close()
