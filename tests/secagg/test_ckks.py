@@ -318,7 +318,7 @@ def test_an_unknown_compression_is_refused():
 def test_a_file_in_memory_that_is_cut_short_is_not_read(monkeypatch):
     field = arithmetic(2048, CHAINS[0].modulus)
     monkeypatch.setattr(os, "pwritev", lambda *_: 100)
-    with pytest.raises(LocalProtocolError, match="wrote 100 of .* bytes to a file in memory: is memory short"):
+    with pytest.raises(LocalProtocolError, match=r"wrote 100 of .* bytes to a file in memory: is memory short"):
         field.transformed(residues(2, 2048, CHAINS[0].modulus))
 
 
