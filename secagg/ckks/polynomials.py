@@ -44,7 +44,7 @@ ERROR_VARIANCE = 2 * _ERROR_BITS / 4
 TERNARY_VARIANCE = 2 / 3
 
 
-class Chain(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Chain(Struct, frozen=True):
     """The ring of ciphertexts and the primes below it.
 
     Attributes:
