@@ -177,7 +177,7 @@ class Masked:
             case "ShareKeys", client.Advertised() as advertised:
                 next_state, message = client.share_keys(advertised, decode(request, KeyDirectory), identity, entropy)
             case _, other:
-                raise _out_of_turn(stage, other)
+                raise out_of_turn(stage, other)
         return encode(message), encode(next_state)
 
     def contribute(
@@ -199,7 +199,7 @@ class Masked:
             case client.Shared() as shared:
                 next_state, message = client.mask_input(shared, decode(request, ShareInbox), subject, vector)
             case other:
-                raise _out_of_turn("MaskedInput", other)
+                raise out_of_turn("MaskedInput", other)
         return encode(message), encode(next_state)
 
     def step(self, stage: str, state: bytes, request: Bytes, identity: Identity) -> tuple[bytes, bytes]:
@@ -218,7 +218,7 @@ class Masked:
             case "Unmask", client.Masked() as masked:
                 next_state, message = client.unmask_semi_honest(masked, decode(request, SurvivorSet))
             case _, other:
-                raise _out_of_turn(stage, other)
+                raise out_of_turn(stage, other)
         return encode(message), encode(next_state)
 
 
@@ -226,7 +226,8 @@ def _state(state: bytes) -> client.ClientState | None:
     return client.decode_state(state) if state else None
 
 
-def _out_of_turn(stage: str, state: client.ClientState | None) -> RemoteProtocolError:
+def out_of_turn(stage: str, state: object) -> RemoteProtocolError:
+    """The error for a stage that does not follow on a participant's state, or on None where there is no state yet."""
     before = "nothing" if state is None else type(state).__name__
     return RemoteProtocolError(f"stage {stage} cannot follow on {before}: early or repeated")
 

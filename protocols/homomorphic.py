@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import msgspec
-from msgspec import Struct
 
-from protocols.aggregation import Bytes, KeyServer, Sum, SumServer, encoded, no_message
+from protocols.aggregation import Bytes, KeyServer, Sum, SumServer, encoded, no_message, out_of_turn
 from protocols.errors import StudyError
 from protocols.messages import Answer, KeysRequest, Part, Refusal, Reply, Request, SumRequest
 from secagg.ckks import client, holder, server
@@ -39,7 +38,7 @@ from secagg.ckks.messages import (
 )
 from secagg.ckks.params import Setting
 from secagg.errors import DecodeError, LocalProtocolError, RemoteProtocolError, SecAggError
-from secagg.keys import Identity, Roster
+from secagg.keys import Identity
 from secagg.masking.params import Mode, Params, Session, Subject
 from secagg.prg import Entropy
 from secagg.ring import RingVector
@@ -102,7 +101,7 @@ class Ckks:
             case "RevealKey", client.Shared() as shared:
                 next_state, message = client.reveal(shared, decode(request, SeedInbox), self._setting)
             case _, other:
-                raise _out_of_turn(stage, other)
+                raise out_of_turn(stage, other)
         return encode(message), encode(next_state)
 
     def contribute(
@@ -129,7 +128,7 @@ class Ckks:
                 case client.Revealed() as revealed:
                     key = client.joint_key(revealed, decode(request, KeyShares), setting)
                 case other:
-                    raise _out_of_turn(self.stages[0], other)
+                    raise out_of_turn(self.stages[0], other)
         encrypted = client.encrypt(revealed, key, setting, subject, vector)
         if self._active:
             return encode(client.commit(encrypted, identity)), encode(encrypted)
@@ -155,17 +154,12 @@ class Ckks:
             case "Recover", client.Answered() as answered if self._setting.keys == "threshold":
                 next_state, message = client.recover(answered, decode(request, Missing))
             case _, other:
-                raise _out_of_turn(stage, other)
+                raise out_of_turn(stage, other)
         return encode(message), encode(next_state)
 
 
 def _state(state: bytes) -> client.ClientState | None:
     return client.decode_state(state) if state else None
-
-
-def _out_of_turn(stage: str, state: client.ClientState | None) -> RemoteProtocolError:
-    before = "nothing" if state is None else type(state).__name__
-    return RemoteProtocolError(f"stage {stage} cannot follow on {before}: early or repeated")
 
 
 class _CkksKeys:
@@ -398,27 +392,3 @@ class Holder:
     def _refuse(self, error: Exception) -> Refusal:
         self.log.append(f"{self.name}: {error}")
         return Refusal("protocol")
-
-
-class Participants(Struct, frozen=True):
-    """Names and numbers of all that a coordinator talks to: the sites on the roster, and behind them a holder."""
-
-    roster: Roster
-    holder: str | None = None
-
-    @property
-    def everyone(self) -> range:
-        """All numbers."""
-        return range(len(self.roster) + (self.holder is not None))
-
-    def name(self, number: int) -> str:
-        """The name behind a number."""
-        return self.holder if self.holder is not None and number == len(self.roster) else self.roster.name(number)
-
-    def number(self, name: str) -> int:
-        """The number behind a name.
-
-        Raises:
-            LocalProtocolError: Nobody of that name.
-        """
-        return len(self.roster) if name == self.holder else self.roster.number(name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from msgspec import Struct
+
 from dp import DpError
 from dp.distributed import ParticipantPlan
 from protocols.aggregation import Masked, Plain, Scheme
 from protocols.errors import StudyError
 from protocols.fedavg import distributed_plan
-from protocols.homomorphic import Ckks, Participants
+from protocols.homomorphic import Ckks
 from protocols.messages import Purpose
 from protocols.study import Study
 from secagg.ckks.params import Need, Setting, choose
@@ -17,7 +19,29 @@ from secagg.keys import Member, Roster
 from secagg.masking.params import Params, Session, Subject
 from secagg.ring import Ring
 
-NOTHING = bytes(32)
+
+class Participants(Struct, frozen=True):
+    """Names and numbers of all that a coordinator talks to: the sites on the roster, and behind them a holder."""
+
+    roster: Roster
+    holder: str | None = None
+
+    @property
+    def everyone(self) -> range:
+        """All numbers."""
+        return range(len(self.roster) + (self.holder is not None))
+
+    def name(self, number: int) -> str:
+        """The name behind a number."""
+        return self.holder if self.holder is not None and number == len(self.roster) else self.roster.name(number)
+
+    def number(self, name: str) -> int:
+        """The number behind a name.
+
+        Raises:
+            LocalProtocolError: Nobody of that name.
+        """
+        return len(self.roster) if name == self.holder else self.roster.number(name)
 
 
 class Sums:
@@ -104,9 +128,10 @@ class Sums:
     def _setting(self, holder: Member | None) -> Setting:
         """The parameters of CKKS with which all sums of the study together take the fewest bytes."""
         study, protocol = self._study, self._study.protocol
-        subjects = [self.subject("train", NOTHING, NOTHING)]
+        nothing = bytes(32)  # of models and pasts, on which no size depends
+        subjects = [self.subject("train", nothing, nothing)]
         if study.task.standardize == "global":
-            subjects.append(self.subject("standardize", NOTHING, NOTHING))
+            subjects.append(self.subject("standardize", nothing, nothing))
         error = 0.0 if self.distributed is not None else protocol.sum_error
         needs = [Need(s.dimension, s.ring_bits, error if s.purpose == "train" else 0.0) for s in subjects]
         try:

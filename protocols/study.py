@@ -236,7 +236,7 @@ class Study(Section, frozen=True):
     def colluders(self) -> int:
         """How many sites may help the server without its learning another's update; meaningless for a plain sum.
 
-        With a holder of the keys, who must not help it, as many as are not needed to make a sum.
+        Where every site has the key, none. Where a holder has it, who must not help the server, as otherwise.
 
         Active: a server that shows different survivors to different sites needs 2 t sites to answer, of which those
         who help it count twice, so c < 2 t - n. Semi-honest: c < t. Two sites must stay that do not help.

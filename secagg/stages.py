@@ -1,16 +1,24 @@
-"""What a server checks of a message at any stage of any scheme, and of the stage at its end."""
+"""What any scheme checks at any stage, and a server at a stage's end."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import TypeVar
 
-from secagg.errors import BelowThreshold, RemoteProtocolError
-from secagg.keys import verify
+from secagg.errors import BelowThreshold, LocalProtocolError, RemoteProtocolError
+from secagg.keys import Identity, verify
 from secagg.masking.params import Session, Terms, differences
 from secagg.prg import Label
 
 T = TypeVar("T")
+
+
+def check_identity(session: Session, me: int, identity: Identity) -> None:
+    """Refuse to take part under a number or an identity that the roster does not have."""
+    if not 0 <= me < len(session.params.roster):
+        raise LocalProtocolError(f"participant {me} is not on a roster of {len(session.params.roster)}")
+    if session.params.roster.members[me].identity != identity.public:
+        raise LocalProtocolError(f"the roster has another key for {session.params.roster.name(me)} than its identity")
 
 
 def expect(session: Session, sender: int, allowed: Collection[int], answered: Collection[int]) -> None:

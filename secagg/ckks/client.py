@@ -74,7 +74,7 @@ from secagg.prg import Entropy, Label
 from secagg.ring import RingVector
 from secagg.sealed import channel_key, seal, unseal
 from secagg.shamir import PRIME, SHARE_BYTES, split
-from secagg.stages import require
+from secagg.stages import check_identity, in_order, require
 from secagg.wire import SecretState, decode_any
 
 
@@ -194,7 +194,7 @@ def advertise(session: Session, me: int, identity: Identity, entropy: Entropy) -
     Raises:
         LocalProtocolError: The identity is not the roster's.
     """
-    _check_identity(session, me, identity)
+    check_identity(session, me, identity)
     channel = AgreementKey(entropy(32))
     terms, signature = session.terms, b""
     if session.params.active:
@@ -277,7 +277,7 @@ def reveal(state: Shared, inbox: SeedInbox, setting: Setting) -> tuple[Revealed,
     for v, box in inbox.boxes.items():
         held[v] = _open_share(state.inbound_keys[v], sid, v, me, box)
     digests = {v: theirs.share for v, theirs in committed.items()}
-    revealed = Revealed(me, session, state.uniform, state.seed, state.flood, _in_order(held), _in_order(digests))
+    revealed = Revealed(me, session, state.uniform, state.seed, state.flood, in_order(held), in_order(digests))
     return revealed, KeyShare(session.terms, own)
 
 
@@ -380,7 +380,7 @@ def confirm(state: Encrypted, shown: UploadDirectory, identity: Identity) -> tup
             raise RemoteProtocolError(f"{name} does not sum what we sum: {differences(theirs.subject, state.subject)}")
         if theirs.key != state.key:
             raise RemoteProtocolError(f"{name} encrypted to another joint key than we did: the server showed two")
-    digests = _in_order({v: theirs.digest for v, theirs in uploads.items()})
+    digests = in_order({v: theirs.digest for v, theirs in uploads.items()})
     signature = identity.sign(Label.SIGN_CKKS_UPLOADS, sum_id, uploads_payload(state.key, digests))
     return Confirmed(state, digests), UploadsConfirmation(signature)
 
@@ -419,8 +419,11 @@ def decrypt(state: Uploaded, shown: Uploads | Aggregate, setting: Setting) -> tu
         RemoteProtocolError: An upload that is not what its owner committed to, this participant's own missing, or
             another mode's message.
         DecodeError: An upload that is none.
+        LocalProtocolError: Another party holds the key.
     """
     session, layout = state.session, setting.packing(state.session, state.subject)
+    if setting.keys == "holder":
+        raise LocalProtocolError("with a holder's key only the holder decrypts")
     if isinstance(shown, Aggregate) == session.params.active:
         raise RemoteProtocolError(f"the server sent what a session in {session.params.mode} mode does not have")
     if state.me not in (shown.contributors if isinstance(shown, Aggregate) else shown.uploads):
@@ -484,13 +487,6 @@ def _answer(state: Uploaded, total: Residues, setting: Setting, layout: Packing)
     return answered, partial
 
 
-def _check_identity(session: Session, me: int, identity: Identity) -> None:
-    if not 0 <= me < len(session.params.roster):
-        raise LocalProtocolError(f"participant {me} is not on a roster of {len(session.params.roster)}")
-    if session.params.roster.members[me].identity != identity.public:
-        raise LocalProtocolError(f"the roster has another key for {session.params.roster.name(me)} than its identity")
-
-
 def _check_directory(session: Session, terms: Terms, me: int, listed: dict[int, ChannelKey], own: bytes) -> None:
     roster = session.params.roster
     require(session, "AdvertiseKeys", len(listed))
@@ -517,7 +513,3 @@ def _open_share(key: bytes, sid: bytes, sender: int, me: int, box: bytes) -> byt
     if len(share) != SHARE_BYTES or int.from_bytes(share, "big") >= PRIME:
         raise RemoteProtocolError(f"the share from participant {sender} is no field element")
     return share
-
-
-def _in_order(values: dict[int, bytes]) -> dict[int, bytes]:
-    return dict(sorted(values.items()))

@@ -81,7 +81,7 @@ def key_id(session_id: bytes, uniform: bytes, shares: Mapping[int, bytes]) -> by
 
 
 def key_share(chain: Chain, session_id: bytes, participant: int, seed: bytes, uniform: bytes) -> bytes:
-    """B = -(a s) + e of one participant, transformed, modulo q and modulo p, packed (protocol CKG)."""
+    """The share b = -(a s) + e of one participant, transformed, modulo q and modulo p, packed (protocol CKG)."""
     secret, error = _secret_and_error(chain, session_id, participant, seed)
     packed = b""
     for a, bits, modulus in _common(chain, session_id, uniform):

@@ -3,7 +3,7 @@
 A sum's phase, c0 + c1 s, is scale x message + error, and the error tells of the joint key (Li and Micciancio 2021, "On
 the security of homomorphic encryption on approximate numbers"). So everyone who gives a partial decryption adds
 Gaussian noise of the deviation that Li, Micciancio, Schultz and Sorrell ask for (CRYPTO 2022, "Securing approximate
-homomorphic encryption using differential privacy", theorem 2): sqrt(12 tau) 2^(s/2) t, with tau ciphertexts opened
+homomorphic encryption using differential privacy"): sqrt(12 tau) 2^(s/2) t, with tau ciphertexts opened
 under one key, s bits of statistical security, and t the Euclidean length of a ciphertext's error. It is the length and
 not the deviation of one coefficient, since divergences of all N coefficients add up.
 
@@ -54,7 +54,7 @@ class Need(Struct, frozen=True):
             holds the weight, is exact in any case.
 
     Raises:
-        LocalProtocolError: An error below 0.
+        LocalProtocolError: A sum of nothing, no ring, or an error below 0.
     """
 
     dimension: int
@@ -62,6 +62,9 @@ class Need(Struct, frozen=True):
     error: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.dimension < 1:
+            raise LocalProtocolError(f"expected at least 1 entry, got {self.dimension}")
+        Ring(self.ring_bits)
         if not (math.isfinite(self.error) and self.error >= 0):
             raise LocalProtocolError(f"expected a finite error of at least 0, got {self.error}")
 
@@ -184,8 +187,10 @@ def choose(participants: int, needs: Sequence[Need], security: int = STATISTICAL
 
     Raises:
         HeadroomError: No chain that is 128-bit secure holds all of them.
-        LocalProtocolError: A statistical security that is none.
+        LocalProtocolError: A statistical security that is none, or no sums.
     """
+    if not needs:
+        raise LocalProtocolError("expected the sums that the parameters must hold, got none")
     if not 20 <= security <= 64:
         raise LocalProtocolError(f"expected a statistical security of 20 to 64 bits, got {security}")
     best: tuple[int, Chain] | None = None

@@ -34,7 +34,7 @@ from secagg.prg import Entropy, Label, add_keystreams, derive, domain
 from secagg.ring import RingVector
 from secagg.sealed import channel_key, seal, unseal
 from secagg.shamir import PRIME, SHARE_BYTES, split
-from secagg.stages import require
+from secagg.stages import check_identity, require
 from secagg.wire import SecretState, decode_any
 
 
@@ -115,10 +115,7 @@ def advertise(session: Session, me: int, identity: Identity, entropy: Entropy) -
     Raises:
         LocalProtocolError: The identity is not the roster's.
     """
-    if not 0 <= me < len(session.params.roster):
-        raise LocalProtocolError(f"participant {me} is not on a roster of {len(session.params.roster)}")
-    if session.params.roster.members[me].identity != identity.public:
-        raise LocalProtocolError(f"the roster has another key for {session.params.roster.name(me)} than its identity")
+    check_identity(session, me, identity)
     channel, mask = AgreementKey(entropy(32)), AgreementKey(entropy(32))
     terms, signature = session.terms, b""
     if session.params.active:

@@ -897,6 +897,15 @@ def test_semi_honest_steps_are_refused_in_an_active_session():
     refuses(game, 0, Aggregate((0, 1, 2), second), match="active mode does not have")
 
 
+@modes
+def test_a_site_decrypts_nothing_where_a_holder_has_the_key(mode):
+    game = Play(3, mode, keys="holder").play("Decrypt")
+    shown = next(iter(game.outbox.values()))
+    shown = shown.aggregate if mode == "semi-honest" else Uploads(shown.uploads)
+    with pytest.raises(LocalProtocolError, match="only the holder decrypts"):
+        client.decrypt(game.states[0], shown, game.setting)
+
+
 def test_active_steps_are_refused_in_a_semi_honest_session():
     game = Play(3, "semi-honest").play("EncryptedInput")
     encrypted = game.encrypt(0, game.outbox[0])

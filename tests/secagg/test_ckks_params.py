@@ -326,6 +326,17 @@ def test_an_error_that_is_none_is_refused(error):
         Need(10, 20, error)
 
 
+def test_a_sum_that_is_none_is_refused():
+    for dimension in (0, -1):
+        with pytest.raises(LocalProtocolError, match=f"expected at least 1 entry, got {dimension}"):
+            Need(dimension, 20)
+    for bits in (0, 65):
+        with pytest.raises(LocalProtocolError, match=f"1 to 64 bits, not {bits}"):
+            Need(10, bits)
+    with pytest.raises(LocalProtocolError, match="the sums that the parameters must hold, got none"):
+        choose(3, [])
+
+
 @pytest.mark.parametrize(("keys", "holder"), [("holder", None), ("threshold", MEMBER), ("shared", MEMBER)])
 def test_a_holder_goes_with_holders_keys_and_with_no_others(keys, holder):
     with pytest.raises(LocalProtocolError, match=f"got {'none' if holder is None else 'trustee'}"):
