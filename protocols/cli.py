@@ -19,9 +19,12 @@ from rich.text import Text
 from protocols.cli_attack import attack
 from protocols.cli_budget import budget_app
 from protocols.cli_keys import keys_app
+from protocols.cli_site import deploy_app, site_app
 from protocols.cli_verify import verify
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from protocols.coordinator import Coordinator
     from protocols.run import Run
     from protocols.study import Study
@@ -38,6 +41,8 @@ app = typer.Typer(
 app.add_typer(keys_app)
 budget_app.command()(attack)
 app.add_typer(budget_app)
+app.add_typer(site_app)
+app.add_typer(deploy_app)
 app.command()(verify)
 
 
@@ -57,6 +62,14 @@ class Aggregation(enum.StrEnum):
     masked = "masked"
     ckks = "ckks"
     plain = "plain"
+
+
+class EngineName(enum.StrEnum):
+    """Who carries the messages."""
+
+    in_process = "in-process"
+    simulation = "simulation"
+    flower = "flower"
 
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for the run; runs/NAME-DATE-TIME if not given.")]
@@ -117,12 +130,34 @@ def run(
     baselines: Annotated[
         bool, typer.Option(help="Also train the local, pooled and noiseless models, to compare with.")
     ] = True,
+    engine: Annotated[
+        EngineName,
+        typer.Option(
+            help="Who carries the messages: one process after the other here, Flower's simulation over Ray here, or "
+            "a running SuperLink to the sites' own machines."
+        ),
+    ] = EngineName.in_process,
+    link: Annotated[
+        Path | None, typer.Option("--link", metavar="LINK.TOML", help="Where the SuperLink is, with --engine flower.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run of the same --out whose server went down.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a study with all its sites on this machine."""
+    """Run a study, with all its sites on this machine or over Flower with each on its own."""
     from protocols.study import load_study
     from secagg.errors import SecAggError
+
+    if engine is EngineName.flower:
+        given = {"--drop": drop, "--sites": sites, "--passphrase-file": passphrase_file, "--aggregation": aggregation}
+        if refused := [name for name, value in given.items() if value]:
+            fail(f"{', '.join(refused)}: has no meaning with --engine flower: that is up to each site", Exit.BAD_INPUT)
+        _run_at_link(study, link, out, resume=resume, json=json, quiet=quiet)
+        return
+    if link is not None or resume:
+        fail("--link and --resume go with --engine flower", Exit.BAD_INPUT)
 
     try:
         loaded = load_study(study)
@@ -139,6 +174,7 @@ def run(
         quiet=quiet,
         sites=sites,
         passphrase_file=passphrase_file,
+        engine=engine,
     )
 
 
@@ -188,19 +224,19 @@ def _run(
     quiet: bool,
     sites: Path | None = None,
     passphrase_file: Path | None = None,
+    engine: EngineName = EngineName.in_process,
 ) -> None:
     from dp import DpError
     from protocols.aggregation import Unprotected
     from protocols.engines.faulty import Fault
     from protocols.errors import OutputError
-    from protocols.output import as_json, check_target, write_run
+    from protocols.output import check_target
     from protocols.rosters import read_passphrase
     from protocols.run import load_data, load_sites, run_study
     from secagg.errors import SecAggError
 
     screen = Console(stderr=True, quiet=quiet or json)
-    stamp = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-    folder = out or Path("runs") / f"{study.name.replace(' ', '-')}-{stamp}"
+    folder = out or _folder(study)
     try:
         if aggregation is not None:
             protocol = msgspec.structs.replace(study.protocol, aggregation=aggregation.value)
@@ -223,7 +259,10 @@ def _run(
                 if coordinator.finished and baselines:
                     progress.update(task, stage="training the baselines")
 
-            result = run_study(
+            carried: Callable[..., Run] = run_study
+            if engine is EngineName.simulation:
+                from protocols.engines.flower.simulation import simulate as carried
+            result = carried(
                 study,
                 data,
                 faults=faults,
@@ -236,10 +275,55 @@ def _run(
         fail(error, Exit.NOT_WRITTEN)
     except (SecAggError, DpError) as error:
         fail(error, Exit.BAD_INPUT)
-    failure: SecAggError | None = None
-    files: list[str] = []
+    _conclude(result, folder, json=json, quiet=quiet)
+
+
+def _folder(study: Study) -> Path:
+    stamp = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{study.name.replace(' ', '-')}-{stamp}"
+
+
+def _run_at_link(study: Path, link: Path | None, out: Path | None, *, resume: bool, json: bool, quiet: bool) -> None:
+    """Have a SuperLink run a study; its server writes the run's folder."""
+    from protocols.errors import LinkError, OutputError
+    from protocols.output import check_target, load_run
+    from protocols.study import load_study
+    from secagg.errors import SecAggError
+
+    screen = Console(stderr=True, quiet=quiet or json)
     try:
-        files = write_run(result, folder)  # before anything is printed, which may fail as well
+        if link is None:
+            raise LinkError("--engine flower: expected --link LINK.TOML, which says where the SuperLink is")
+        try:
+            from protocols.engines.flower.link import load_link, submit
+        except ImportError as error:
+            raise LinkError(f"--engine flower: {error}; pip install 'secagg[flower]'") from error
+        loaded = load_study(study)
+        folder = out or _folder(loaded)
+        check_target(folder)
+        _announce(screen, loaded)
+        submit(study, load_link(link), folder, lambda line: screen.print(Text(line)), resume=resume)
+    except OutputError as error:
+        fail(error, Exit.NOT_WRITTEN)
+    except SecAggError as error:
+        fail(error, Exit.BAD_INPUT)
+    try:
+        result = load_run(folder, loaded)
+    except OutputError as error:
+        fail(f"{error}; the server wrote it on the SuperLink's machine", Exit.NOT_WRITTEN)
+    _conclude(result, folder, json=json, quiet=quiet, written=True)
+
+
+def _conclude(result: Run, folder: Path, *, json: bool, quiet: bool, written: bool = False) -> None:
+    """Write the run's folder, unless that is done, report, and end with the run's exit code."""
+    from protocols.errors import OutputError
+    from protocols.output import as_json, write_run
+    from secagg.errors import SecAggError
+
+    failure: SecAggError | None = None
+    files = sorted(path.name for path in folder.iterdir()) if written else []
+    try:
+        files = files or write_run(result, folder)  # before anything is printed, which may fail as well
     except OutputError as error:
         failure = error
     if json:
@@ -334,7 +418,8 @@ def _gains(result: Run, measure: str, title: str) -> Table:
     for name, site in result.sites.items():
         every.append([getattr(getattr(site, column), measure, None) for column in columns])
         epsilon = [] if site.spent is None else [f"{site.spent.epsilon:.3f}"]
-        table.add_row(name, str(site.train_rows), str(site.test_rows), *map(_figure, every[-1]), *epsilon)
+        rows = ("-" if rows is None else str(rows) for rows in (site.train_rows, site.test_rows))
+        table.add_row(name, *rows, *map(_figure, every[-1]), *epsilon)
     table.add_row("mean", "", "", *(_figure(_mean(values)) for values in zip(*every, strict=True)), style="bold")
     return table
 

@@ -23,12 +23,13 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Literal
 
+import msgspec
 import torch
 from msgspec import Struct
 
 from dp import ParticipantPlan, decode_gradient, decode_participants
 from protocols.aggregation import KeyServer, Staged, Sum, SumServer, Unprotected
-from protocols.fedavg import ServerOptimizer, flatten, model_bytes, model_digest, rotation_seed
+from protocols.fedavg import ServerOptimizer, flatten, load_model_bytes, model_bytes, model_digest, rotation_seed
 from protocols.messages import (
     Answer,
     FinishRequest,
@@ -45,8 +46,8 @@ from protocols.sessions import Sums
 from protocols.study import Study
 from secagg.errors import DecodeError, RemoteProtocolError, SecAggError
 from secagg.keys import Roster
-from secagg.masking.transcript import NO_RECORD, Closing, Record, verify_head
-from secagg.wire import decode, encode
+from secagg.masking.transcript import NO_RECORD, Closing, Record, read, verify_head, write
+from secagg.wire import Digest, Message, decode, encode
 
 # Enough to see what goes on; whoever floods the server must not fill its memory.
 _MOST_FAULTS = 100
@@ -94,6 +95,23 @@ class RoundRecord(Struct):
     faults: list[str] = []
     weight: int = 0
     stages: list[StageRecord] = []
+
+
+class _Checkpoint(Message, frozen=True):
+    """All that a server needs to go on after it went down, less what it was told in the sum that was under way."""
+
+    study: Digest
+    number: int
+    head: Digest
+    model: bytes
+    optimizer: bytes
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    failed: int
+    purposes: tuple[Purpose, ...]
+    rounds: bytes
+    transcript: bytes
+    stopped: str | None
 
 
 class _Outgoing(Mapping[str, bytes]):
@@ -177,6 +195,11 @@ class Coordinator:
         return self._finished
 
     @property
+    def standard(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each feature over all sites; empty before they are summed, or where they are not."""
+        return self._mean, self._std
+
+    @property
     def purpose(self) -> Purpose | Literal["finish"] | None:
         """Of the sum that is under way or next, or None at the end."""
         return None if self._finished else self.rounds[-1].purpose
@@ -193,6 +216,62 @@ class Coordinator:
         if self._sum is not None:
             return self._sum.stage
         return self._keys.stage if self._keys is not None else "Finish"
+
+    def checkpoint(self) -> bytes:
+        """All that another coordinator needs to go on from here; nothing in it is more secret than the model."""
+        return encode(
+            _Checkpoint(
+                study=self._study.digest,
+                number=self._number,
+                head=self._head,
+                model=model_bytes(self.model),
+                optimizer=self._optimizer.state,
+                mean=self._mean,
+                std=self._std,
+                failed=self._failed,
+                purposes=tuple(self._purposes),
+                rounds=msgspec.msgpack.encode(self.rounds),
+                transcript=write(self.transcript),
+                stopped=self.stopped,
+            )
+        )
+
+    def resume(self, checkpoint: bytes) -> None:
+        """Go on from another coordinator's checkpoint, before anything is sent.
+
+        The round that was under way is lost, and if it was one of training, it is not made up for: sites may have
+        given their vectors in it, and take part in so many rounds as the study has and no more. The numbers of keys
+        that sites may have been asked for already are passed over.
+
+        Raises:
+            DecodeError: Not a checkpoint of this study.
+        """
+        saved = decode(checkpoint, _Checkpoint)
+        if saved.study != self._study.digest:
+            raise DecodeError(
+                f"the checkpoint is of another study (digest {saved.study.hex()[:16]}, this one has "
+                f"{self._study.digest.hex()[:16]})"
+            )
+        try:
+            rounds = msgspec.msgpack.decode(saved.rounds, type=list[RoundRecord])
+        except msgspec.MsgspecError as error:
+            raise DecodeError(f"the checkpoint's rounds: {error}") from error
+        load_model_bytes(self.model, saved.model)
+        self._optimizer.resume(saved.optimizer)
+        self.rounds, self.transcript, self.stopped = rounds, read(saved.transcript), saved.stopped
+        self._mean, self._std, self._failed = saved.mean, saved.std, saved.failed
+        self._purposes, self._head = list(saved.purposes), saved.head
+        self._number = saved.number + 1  # keys for one number more may have been asked for since
+        self._sum = self._keys = None
+        if rounds and rounds[-1].outcome == "running":
+            if rounds[-1].purpose == "finish":
+                rounds.pop()
+            else:
+                rounds[-1].outcome = "failed"
+                rounds[-1].faults.append("the server went down in this round")
+                if rounds[-1].purpose == "train" and self._purposes:
+                    self._purposes.pop(0)
+        self._next()
 
     def requests(self) -> Mapping[str, bytes]:
         """What to send to which site in this stage; empty when the study is done.

@@ -370,7 +370,8 @@ def _hkdf_second(secret: bytes, salt: bytes, info: bytes, length: bytes) -> byte
     from Crypto.Hash import SHA256
     from Crypto.Protocol.KDF import HKDF as OTHER_HKDF
 
-    return bytes(OTHER_HKDF(secret, length[0], salt, SHA256, context=info))
+    derived = OTHER_HKDF(secret, length[0], salt, SHA256, context=info)
+    return derived if isinstance(derived, bytes) else b"".join(derived)
 
 
 def _aes_ctr(key: bytes, counter: bytes, data: bytes) -> bytes:

@@ -31,3 +31,11 @@ class SiteFileError(SecAggError):
 
 class KeyFileError(SecAggError):
     """A key, a passphrase or a roster cannot be read or written, or is not what it says; the message names the file."""
+
+
+class ServiceError(SecAggError):
+    """A site's own process cannot be reached or could not answer; the message names the socket."""
+
+
+class LinkError(SecAggError):
+    """What carries messages between machines cannot be used; the message says what to start or to change."""

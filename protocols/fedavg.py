@@ -391,6 +391,33 @@ class ServerOptimizer:
                 "the step would make the model infinite; it was not taken: lower the learning rate"
             )
 
+    @property
+    def state(self) -> bytes:
+        """What the optimiser remembers of its steps, as safetensors."""
+        tensors = {
+            f"{number}.{name}": value.detach().contiguous()
+            for number, remembered in self._optimizer.state_dict()["state"].items()
+            for name, value in remembered.items()
+            if isinstance(value, Tensor)
+        }
+        return safetensors.torch.save(tensors)
+
+    def resume(self, state: bytes) -> None:
+        """Go on from the `state` of an optimiser of the same study.
+
+        Raises:
+            DecodeError: Not such a state.
+        """
+        remembered: dict[int, dict[str, Tensor]] = {}
+        try:
+            for path, value in safetensors.torch.load(state).items():
+                number, _, name = path.partition(".")
+                remembered.setdefault(int(number), {})[name] = value
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": remembered, "param_groups": groups})
+        except (SafetensorError, *_MODEL_ERRORS) as error:
+            raise DecodeError(f"no state of a {type(self._optimizer).__name__} over this model: {error}") from error
+
 
 @contextmanager
 def _model_faults(model: nn.Module) -> Iterator[None]:

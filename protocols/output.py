@@ -14,11 +14,13 @@ from typing import Any
 import msgspec
 
 from dp import Unit
+from protocols.coordinator import RoundRecord
 from protocols.errors import OutputError
-from protocols.fedavg import model_bytes
-from protocols.rosters import roster_text
-from protocols.run import Run
+from protocols.fedavg import build_model, load_model_bytes, model_bytes
+from protocols.rosters import load_roster, roster_text
+from protocols.run import Run, SiteResult
 from protocols.study import Study
+from secagg.errors import DecodeError
 from secagg.keys import fingerprint
 
 _PACKAGES = ("secagg", "torch", "numpy", "opacus", "dp-accounting", "cryptography", "msgspec", "scikit-learn")
@@ -134,6 +136,45 @@ def stage_totals(run: Run) -> dict[str, dict[str, float]]:
             entry["bytes_up"] += stage.bytes_up
             entry["bytes_down"] += stage.bytes_down
     return totals
+
+
+def load_run(folder: Path, study: Study) -> Run:
+    """A run from its folder, as another process wrote it.
+
+    Args:
+        folder: As `write_run` made it.
+        study: Whose run it is.
+
+    Raises:
+        OutputError: It cannot be read, or is the run of another study.
+    """
+    try:
+        told = msgspec.json.decode((folder / "run.json").read_bytes())
+        if told["study_digest"] != study.digest.hex():
+            raise OutputError(f"{folder}: holds the run of another study (digest {told['study_digest'][:16]})")
+        model = build_model(study, len(told["features"]))
+        load_model_bytes(model, (folder / "model.safetensors").read_bytes())
+        transcript = folder / "transcript.bin"
+        return Run(
+            study=study,
+            roster=load_roster(folder / "roster.toml"),
+            model=model,
+            features=tuple(told["features"]),
+            rounds=msgspec.convert(
+                [{k: v for k, v in entry.items() if k != "test_metrics_before"} for entry in told["rounds"]],
+                list[RoundRecord],
+            ),
+            transcript=transcript.read_bytes() if transcript.exists() else b"",
+            per_round={},
+            sites=msgspec.convert(told["sites"], dict[str, SiteResult]),
+            stopped=told["stopped"],
+            seconds=told["seconds"],
+            cpu_seconds=told["cpu_seconds"],
+        )
+    except OSError as error:
+        raise OutputError(f"{folder}: the run cannot be read: {error.strerror or error}") from error
+    except (KeyError, TypeError, msgspec.MsgspecError, DecodeError) as error:
+        raise OutputError(f"{folder}: expected a run's folder: {error}") from error
 
 
 def check_target(folder: Path) -> None:

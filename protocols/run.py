@@ -46,8 +46,8 @@ class SiteResult(Struct, frozen=True):
     """What came out for one site.
 
     Attributes:
-        train_rows: Rows it trained on.
-        test_rows: Rows that every figure here is measured on.
+        train_rows: Rows it trained on, or None where only the site knows.
+        test_rows: Rows that every figure here is measured on, likewise.
         federated: The study's model.
         spent: Privacy cost of its records, or None without differential privacy.
         log: What it refused or clipped, and why.
@@ -56,8 +56,8 @@ class SiteResult(Struct, frozen=True):
         pooled: A model trained on all sites' rows together, without noise.
     """
 
-    train_rows: int
-    test_rows: int
+    train_rows: int | None
+    test_rows: int | None
     federated: Metrics | None
     spent: Spent | None
     log: tuple[str, ...]
@@ -220,7 +220,7 @@ def run_study(
             if site.name in stores:
                 site.refuse_used(stores[site.name].load())
         coordinator = Coordinator(study, roster, model, len(columns))
-        _check_faults(study, coordinator.stages, faults)
+        check_faults(study, coordinator.stages, faults)
         sums = coordinator.sums
         others = []
         if holder is not None and sums.setting is not None:
@@ -240,7 +240,9 @@ def run_study(
             for site in sites
         }
         if baselines and coordinator.stopped is None:
-            results = _with_baselines(study, data, sites, results, entropy)
+            # A site that the global standard never reached has no rows to compare on.
+            standardized = {site.name: site.data for site in sites if site.standardized}
+            results = with_baselines(study, data, standardized, results, entropy)
     per_round: dict[int, dict[str, Metrics]] = {}
     for site in sites:
         for evaluation in site.evaluations:
@@ -261,7 +263,12 @@ def run_study(
     )
 
 
-def _check_faults(study: Study, stages: tuple[str, ...], faults: tuple[Fault, ...]) -> None:
+def check_faults(study: Study, stages: tuple[str, ...], faults: tuple[Fault, ...]) -> None:
+    """Refuse a fault of a site or at a stage that the study does not have.
+
+    Raises:
+        StudyError: The message names those that it has.
+    """
     for fault in faults:
         if fault.site not in (*study.site_names, study.protocol.holder):
             raise StudyError(f"a drop-out of {fault.site!r}, who is none of the sites {', '.join(study.site_names)}")
@@ -280,12 +287,23 @@ def drive(coordinator: Coordinator, engine: Engine, listener: Listener | None = 
             listener(coordinator)
 
 
-def _with_baselines(
-    study: Study, data: Mapping[str, SiteData], sites: list[Site], results: dict[str, SiteResult], entropy: Entropy
+def with_baselines(
+    study: Study,
+    data: Mapping[str, SiteData],
+    standardized: Mapping[str, SiteData],
+    results: dict[str, SiteResult],
+    entropy: Entropy,
 ) -> dict[str, SiteResult]:
+    """The sites' results with what a local, a pooled and a noiseless model would do; needs all rows in one place.
+
+    Args:
+        study: What was done.
+        data: Each site's rows, raw.
+        standardized: The rows as the sites trained on them; a site that is missing here gets no baselines.
+        results: As the study left them.
+        entropy: Source of the noiseless study's keys.
+    """
     device = training_device(study.device)
-    # A site that the global standard never reached has no rows to compare on.
-    standardized = {site.name: site.data for site in sites if site.standardized}
     pooled_model = _alone(study, pooled(standardized.values()), device)
     noiseless: Mapping[str, SiteResult] = {}
     if study.private:

@@ -139,7 +139,7 @@ class Site:
         self._scheme = self._sums.scheme
         self._me = self._sums.roster.number(name)
         self._raw = data
-        self._data = None if study.task.standardize == "global" else data.standardized(*_own_standard(study, data))
+        self._data = None if study.task.standardize == "global" else data.standardized(*own_standard(study, data))
         self._plan = self._sums.distributed or local_plan(study)
         self._policy.check_cost(name, self._whole_study(), ledger=ledger is not None)
 
@@ -531,7 +531,7 @@ def _reason(error: Exception) -> Reason:
     return "data" if isinstance(error, LocalProtocolError | DataError | DpError) else "protocol"
 
 
-def _own_standard(study: Study, data: SiteData) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def own_standard(study: Study, data: SiteData) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Means and deviations that need nobody else."""
     if study.task.standardize == "public":
         return heart_reference(data.features)
