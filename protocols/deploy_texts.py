@@ -36,13 +36,15 @@ The site's own process, with its key and rows:
 exec {bin}/secagg site serve {folder}/{name}/site.toml --study {folder}/{name}/study.toml
 ```
 
-Its connection to the link:
+Its connection to the link. A node that broke off is let in again when the link has missed it, a minute later; until
+then its start is refused, and the loop tries again:
 
 ```sh
-FLWR_HOME={folder}/{name}/home FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 \\
-FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1 PATH={bin}:$PATH exec {bin}/flower-supernode \\
-  --superlink {host}:{port} --root-certificates {folder}/ca.crt --auth-supernode-private-key {folder}/{name}/node.key \\
-  --host 127.0.0.1 --port {node_port} --node-config "site-socket='{folder}/{name}/site.sock'"
+export FLWR_HOME={folder}/{name}/home FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 \\
+  FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1 PATH={bin}:$PATH
+until {bin}/flower-supernode --superlink {host}:{port} --root-certificates {folder}/ca.crt \\
+  --auth-supernode-private-key {folder}/{name}/node.key --host 127.0.0.1 --port {node_port} \\
+  --node-config "site-socket='{folder}/{name}/site.sock'"; do sleep 5; done
 ```
 """
 
@@ -102,6 +104,8 @@ NODE_UNIT = """\
 Description=A hospital's connection to the link of a secagg study
 After=network-online.target secagg-site.service
 Wants=network-online.target
+# The link refuses a node that broke off until it has missed it, a minute later: try as often as that takes.
+StartLimitIntervalSec=0
 
 [Service]
 User=secagg-node
@@ -113,6 +117,7 @@ ExecStart=/opt/secagg/bin/flower-supernode --superlink {host}:{port} --root-cert
   --node-config "site-socket='/run/secagg/site.sock'"
 StateDirectory=secagg-node
 Restart=on-failure
+RestartSec=5
 NoNewPrivileges=yes
 ProtectSystem=strict
 ProtectHome=yes
@@ -131,6 +136,7 @@ x-quiet: &quiet
 services:
   link:
     image: secagg
+    restart: on-failure
     environment: *quiet
     command: >-
       flower-superlink --ssl-ca-certfile /etc/secagg/ca.crt --ssl-certfile /etc/secagg/server.crt
@@ -146,11 +152,13 @@ services:
 COMPOSE_SITE = """\
   {name}-site:
     image: secagg
+    restart: on-failure
     network_mode: none
     command: secagg site serve /etc/secagg/site.toml --study /etc/secagg/study.toml --socket /run/secagg/site.sock
     volumes: ["./{name}:/etc/secagg", "{name}:/run/secagg"]
   {name}-node:
     image: secagg
+    restart: on-failure
     depends_on: [link, {name}-site]
     environment: *quiet
     command: >-

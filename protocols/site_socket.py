@@ -56,7 +56,8 @@ def ask(path: object, kind: Kind, body: bytes = b"", patience: float | None = No
 def send(connection: socket.socket, kind: bytes, body: bytes) -> None:
     """Send one question or answer."""
     connection.sendall(_HEADER.pack(kind, len(body)))
-    connection.sendall(body)
+    if body:  # whoever has read all there is may have answered and closed by now
+        connection.sendall(body)
 
 
 def receive(connection: socket.socket) -> tuple[bytes, bytes]:

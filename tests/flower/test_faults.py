@@ -229,6 +229,7 @@ def test_a_site_with_another_roster_is_named_and_nothing_is_asked_of_anyone(ward
 def test_two_nodes_with_one_name_are_refused(ward):
     here = ward(rounds=1)
     here.grid.add(9, here.grid.configurations[1])
+    here.grid.on_message = lambda node, message: time.sleep(here.site.get(node) == "va") or message  # comes last
     with pytest.raises(StudyError, match="two nodes say that they are cleveland"):
         here.run()
 
@@ -364,7 +365,13 @@ def test_a_ledger_that_is_exhausted_mid_study_takes_its_site_out_and_names_the_b
         here.folder / "va" / "ledger.db",
         site="va",
         identity=file.load_identity(),
-        cap=Cap(epsilon=(one + three) / 2, delta=1e-4, relation=here.study.privacy.relation),
+        cap=Cap(
+            epsilon=(one + three) / 2,
+            delta=1e-4,
+            relation=here.study.privacy.relation,
+            unit=here.study.unit,
+            records=132,
+        ),
         time=time.time(),
     )
     toml = here.folder / "va" / "site.toml"
