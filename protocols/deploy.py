@@ -6,11 +6,15 @@ certificates come from whoever makes them for the hospitals; the files are the s
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import os
+import re
 import shlex
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from cryptography import x509
@@ -19,16 +23,26 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from protocols.deploy_texts import COMPOSE_HEAD, COMPOSE_SITE, LINK_UNIT, NODE_UNIT, README_HEAD, README_SITE, SITE_UNIT
+from protocols.deploy_texts import (
+    COMPOSE_HEAD,
+    COMPOSE_SITE,
+    LINK_UNIT,
+    NGINX,
+    NODE_UNIT,
+    README_HEAD,
+    README_SITE,
+    SITE_UNIT,
+)
 from protocols.errors import OutputError
 from protocols.files import PRIVATE, write_new
 from protocols.rosters import PublicKey, new_identity, roster_of, write_public_key, write_roster
-from protocols.study import load_study
+from protocols.study import Study, load_study
 from protocols.toml_file import read_text
 from secagg.keys import Roster, fingerprint
 
 _READABLE = 0o644
 _DAYS = 30
+_LAST_PORT = 65_535
 
 
 def deploy(folder: Path, study: Path, *, host: str = "127.0.0.1", port: int = 8000, node_port: int = 9094) -> Roster:
@@ -46,38 +60,58 @@ def deploy(folder: Path, study: Path, *, host: str = "127.0.0.1", port: int = 80
 
     Raises:
         StudyError: The study file cannot be used.
-        OutputError: The folder is there already, or cannot be written.
+        OutputError: The folder is there already, or cannot be written; or there is no such address or port.
     """
+    if not re.fullmatch(r"[A-Za-z0-9.:-]{1,253}", host):
+        raise OutputError(f"host: expected the name or address of the link, got {host!r}")
     loaded = load_study(study)
-    text = read_text(study, OutputError)
-    folder = folder.absolute()
-    try:
-        folder.mkdir(parents=True)
-        (folder / "link").mkdir()
-        (folder / "home").mkdir()
-        _certificates(folder, host)
-        names = loaded.site_names
-        for name in names:
-            (folder / name).mkdir(mode=0o700)
-        publics = [_keys(folder / name, name) for name in names]
-        roster = roster_of(publics)
-        write_roster(folder / "link" / "roster.toml", roster)
-        _write(folder / "link" / "link.toml", _link_toml(host, port))
-        _write(
-            folder / "home" / "config.toml",
-            f'[superlink]\ndefault = "secagg"\n\n[superlink.secagg]\naddress = "{host}:{port}"\n'
-            f'root-certificates = "{folder / "ca.crt"}"\n',
+    last = node_port + len(loaded.sites) - 1
+    if not (1 <= port <= _LAST_PORT and 1 <= node_port <= last <= _LAST_PORT):
+        raise OutputError(
+            f"expected ports from 1 to {_LAST_PORT}, got {port} for the link and {node_port} to {last} for the nodes"
         )
-        paths = {entry.name: entry.data for entry in loaded.sites}
-        for name in names:
-            write_roster(folder / name / "roster.toml", roster)
-            _write(folder / name / "study.toml", text)
-            own = paths[name]
-            data = os.path.relpath(study.absolute().parent / own, folder / name) if own is not None else None
-            _write(folder / name / "site.toml", _site_toml(name, roster, data))
-        _commands(folder, names, host, port, node_port, study.absolute())
+    if taken := sorted({"link", "home", ".", ".."} & set(loaded.site_names)):
+        raise OutputError(f"sites: {', '.join(taken)} cannot be a folder beside link and home; name it otherwise")
+    text = read_text(study, OutputError)
+    folder, study = folder.absolute(), study.absolute()
+    if os.path.lexists(folder):
+        raise OutputError(f"{folder} exists already; name a new folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            roster = _fill(partial, folder, loaded, text, study, host, port)
+            _commands(partial, folder, loaded.site_names, host, port, node_port, study)
+            partial.chmod(0o755)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     except OSError as error:
         raise OutputError(f"{folder}: could not be written: {error.strerror or error}; name a new folder") from error
+    return roster
+
+
+def _fill(partial: Path, folder: Path, study: Study, text: str, path: Path, host: str, port: int) -> Roster:
+    """Keys, certificates and everybody's files, in a folder that will have another name."""
+    for name in ("link", "home"):
+        (partial / name).mkdir()
+    _certificates(partial, host)
+    for name in study.site_names:
+        (partial / name).mkdir(mode=0o700)
+    roster = roster_of([_keys(partial / name, name) for name in study.site_names])
+    write_roster(partial / "link" / "roster.toml", roster)
+    _write(partial / "link" / "link.toml", _link_toml(host, port))
+    _write(
+        partial / "home" / "config.toml",
+        f'[superlink]\ndefault = "secagg"\n\n[superlink.secagg]\naddress = "{host}:{port}"\n'
+        f'root-certificates = "{folder / "ca.crt"}"\n',
+    )
+    for entry in study.sites:
+        write_roster(partial / entry.name / "roster.toml", roster)
+        _write(partial / entry.name / "study.toml", text)
+        data = os.path.relpath(path.parent / entry.data, folder / entry.name) if entry.data is not None else None
+        _write(partial / entry.name / "site.toml", _site_toml(entry.name, roster, data))
     return roster
 
 
@@ -152,10 +186,11 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 
 def _names(host: str) -> list[x509.GeneralName]:
-    try:
-        return [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(host))]
-    except ValueError:
-        return [x509.DNSName("localhost"), x509.DNSName(host)]
+    """What the link is called: by its own machine, among the containers of the compose file, and by hospitals."""
+    ours: list[x509.GeneralName] = [x509.DNSName("localhost"), x509.DNSName("link")]
+    with contextlib.suppress(ValueError):
+        return [*ours, x509.IPAddress(ipaddress.ip_address(host))]
+    return [*ours, x509.DNSName(host)]
 
 
 def _link_toml(host: str, port: int) -> str:
@@ -172,8 +207,10 @@ def _site_toml(name: str, roster: Roster, data: str | None) -> str:
     )
 
 
-def _commands(folder: Path, names: tuple[str, ...], host: str, port: int, node_port: int, study: Path) -> None:
-    """The README, and the same commands for systemd and for containers."""
+def _commands(
+    partial: Path, folder: Path, names: tuple[str, ...], host: str, port: int, node_port: int, study: Path
+) -> None:
+    """The README, and the same commands for systemd, nginx and containers."""
     here = Path(sys.executable).parent
     values = {"bin": shlex.quote(str(here)), "folder": shlex.quote(str(folder)), "host": host, "port": port}
     readme = [README_HEAD.format(**values, days=_DAYS)]
@@ -187,9 +224,10 @@ def _commands(folder: Path, names: tuple[str, ...], host: str, port: int, node_p
     ]
     compose += [COMPOSE_SITE.format(name=name, port=port) for name in names]
     compose.append("volumes:\n" + "".join(f"  {name}:\n" for name in names))
-    _write(folder / "README.md", "\n".join(readme))
-    _write(folder / "compose.yaml", "".join(compose))
-    _write(folder / "link" / "secagg-link.service", LINK_UNIT.format(port=port))
+    _write(partial / "README.md", "\n".join(readme))
+    _write(partial / "compose.yaml", "".join(compose))
+    _write(partial / "link" / "nginx.conf", NGINX.format(host=host, port=port))
+    _write(partial / "link" / "secagg-link.service", LINK_UNIT.format(port=port))
     for name in names:
-        _write(folder / name / "secagg-site.service", SITE_UNIT)
-        _write(folder / name / "secagg-node.service", NODE_UNIT.format(host=host, port=port, node_port=node_port))
+        _write(partial / name / "secagg-site.service", SITE_UNIT)
+        _write(partial / name / "secagg-node.service", NODE_UNIT.format(host=host, node_port=node_port))

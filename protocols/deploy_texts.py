@@ -48,8 +48,33 @@ until {bin}/flower-supernode --superlink {host}:{port} --root-certificates {fold
 ```
 """
 
+NGINX = """\
+# /etc/nginx/conf.d/secagg-link.conf, at whoever coordinates. A SuperLink has one port for everything, and does not ask
+# who it is that submits a run or registers a node. So it listens on its own machine only; through here, hospitals reach
+# what their nodes need.
+server {{
+    listen 443 ssl;
+    server_name {host};
+    ssl_certificate /etc/secagg/server.crt;
+    ssl_certificate_key /etc/secagg/server.key;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    client_max_body_size 0;
+
+    location /v1/fleet/ {{
+        proxy_pass https://127.0.0.1:{port};
+        proxy_ssl_trusted_certificate /etc/secagg/ca.crt;
+        proxy_ssl_verify on;
+        proxy_ssl_name localhost;
+    }}
+
+    location / {{
+        return 403;
+    }}
+}}
+"""
+
 LINK_UNIT = """\
-# /etc/systemd/system/secagg-link.service, at whoever coordinates
+# /etc/systemd/system/secagg-link.service, at whoever coordinates; hospitals reach it through nginx.conf
 [Unit]
 Description=Link that carries the messages of secagg studies
 After=network-online.target
@@ -61,7 +86,7 @@ Environment=FLWR_HOME=/var/lib/secagg-link FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE
 Environment=FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1 PATH=/opt/secagg/bin:/usr/bin:/bin
 ExecStart=/opt/secagg/bin/flower-superlink --ssl-ca-certfile /etc/secagg/ca.crt --ssl-certfile /etc/secagg/server.crt \\
   --ssl-keyfile /etc/secagg/server.key --enable-supernode-auth --disable-runtime-dependency-installation \\
-  --host 0.0.0.0 --port {port}
+  --host 127.0.0.1 --port {port}
 StateDirectory=secagg-link
 Restart=on-failure
 NoNewPrivileges=yes
@@ -73,7 +98,8 @@ WantedBy=multi-user.target
 """
 
 SITE_UNIT = """\
-# /etc/systemd/system/secagg-site.service, at a hospital: has the key and the rows, and no network
+# /etc/systemd/system/secagg-site.service, at a hospital: has the key and the rows, and no network. It writes to
+# /var/lib/secagg-site only: name state, counter and ledger there in site.toml.
 [Unit]
 Description=A hospital's part in a secagg study
 
@@ -112,7 +138,7 @@ User=secagg-node
 Group=secagg
 Environment=FLWR_HOME=/var/lib/secagg-node FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 Environment=FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1 PATH=/opt/secagg/bin:/usr/bin:/bin
-ExecStart=/opt/secagg/bin/flower-supernode --superlink {host}:{port} --root-certificates /etc/secagg/ca.crt \\
+ExecStart=/opt/secagg/bin/flower-supernode --superlink {host}:443 --root-certificates /etc/secagg/ca.crt \\
   --auth-supernode-private-key /etc/secagg/node.key --host 127.0.0.1 --port {node_port} \\
   --node-config "site-socket='/run/secagg/site.sock'"
 StateDirectory=secagg-node
@@ -127,8 +153,8 @@ WantedBy=multi-user.target
 """
 
 COMPOSE_HEAD = """\
-# The same in containers, of an image named secagg that has the package with its extra: pip install 'secagg[flower]'.
-# The node has the socket of its site and nothing else of it; the site has no network.
+# The same trial in containers, of an image named secagg that has the package with its extra: pip install
+# 'secagg[flower]'. The node has the socket of its site and nothing else of it; the site has no network.
 x-quiet: &quiet
   FLWR_TELEMETRY_ENABLED: "0"
   FLWR_DISABLE_UPDATE_CHECK: "1"

@@ -90,6 +90,10 @@ class Deployment:
     def __exit__(self, *_):
         for name in reversed(list(self.running)):
             self.end(name)
+        if keep := os.environ.get("KEEP_LOGS"):
+            import shutil
+
+            shutil.copytree(self.base, keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
         self._home.cleanup()
 
     def commands(self, heading):

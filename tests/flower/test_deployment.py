@@ -19,6 +19,8 @@ def test_a_study_over_a_link_survives_a_killed_node_and_a_killed_server():
         make_key(stranger)
         start = trial.commands("va")[2].replace(str(trial.folder / "va" / "node.key"), str(stranger))
         trial.start("stranger", re.sub(r"--port \d+", f"--port {free_ports(1)}", start))
+        trial.wait_for("stranger", "Failed to activate SuperNode")
+        trial.end("stranger")
 
         name, out = trial.run()
         trial.wait_for(name, r"round 0, train, ShareKeys: 4 of 4", 150)
@@ -39,7 +41,6 @@ def test_a_study_over_a_link_survives_a_killed_node_and_a_killed_server():
         assert training[-1].contributors == SITES
         assert [r.outcome for r in training].count("failed") <= 1
         assert run.stopped is None
-        assert re.search("not registered|unauthenticated|[Aa]uthentication|401|403|denied", trial.told("stranger"))
 
 
 def make_key(path):
