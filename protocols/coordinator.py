@@ -17,6 +17,7 @@ too few have agreed on, begins with the stages of the key agreement by themselve
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -218,8 +219,11 @@ class Coordinator:
         return self._keys.stage if self._keys is not None else "Finish"
 
     def checkpoint(self) -> bytes:
-        """All that another coordinator needs to go on from here; nothing in it is more secret than the model."""
-        return encode(
+        """All that another coordinator needs to go on from here, after 32 bytes of SHA-256 over it.
+
+        Nothing in it is more secret than the model.
+        """
+        saved = encode(
             _Checkpoint(
                 study=self._study.digest,
                 number=self._number,
@@ -235,6 +239,7 @@ class Coordinator:
                 stopped=self.stopped,
             )
         )
+        return hashlib.sha256(saved).digest() + saved
 
     def resume(self, checkpoint: bytes) -> None:
         """Go on from another coordinator's checkpoint, before anything is sent.
@@ -246,7 +251,10 @@ class Coordinator:
         Raises:
             DecodeError: Not a checkpoint of this study.
         """
-        saved = decode(checkpoint, _Checkpoint)
+        digest, body = checkpoint[:32], checkpoint[32:]
+        if hashlib.sha256(body).digest() != digest:
+            raise DecodeError("the checkpoint is damaged or cut short: the study must begin again, under another name")
+        saved = decode(body, _Checkpoint)
         if saved.study != self._study.digest:
             raise DecodeError(
                 f"the checkpoint is of another study (digest {saved.study.hex()[:16]}, this one has "
