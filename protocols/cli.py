@@ -377,9 +377,12 @@ def _report(screen: Console, result: Run) -> None:
     """What federation gained, what it cost, and what privacy was spent."""
     from protocols.output import stage_totals, statement, summary
 
-    for measure, title in (("accuracy", "Accuracy"), ("auc", "AUC")):
-        screen.print(_gains(result, measure, f"{title} on each site's own test rows"))
-        screen.print()
+    if any(site.federated for site in result.sites.values()):
+        for measure, title in (("accuracy", "Accuracy"), ("auc", "AUC")):
+            screen.print(_gains(result, measure, f"{title} on each site's own test rows"))
+            screen.print()
+    else:
+        screen.print("How the model does on its own rows, each site has for itself: secagg site report SITE.TOML\n")
     if told := summary(result):
         screen.print(f"{told}\n", highlight=False)
     stages = Table(title="Cost", title_justify="left", box=None, pad_edge=False)

@@ -67,6 +67,50 @@ def serve(
         fail(error, Exit.BAD_INPUT)
 
 
+@site_app.command("report")
+def report(
+    site: Annotated[Path, typer.Argument(metavar="SITE.TOML", help="The site's own file.", show_default=False)],
+) -> None:
+    """Show what a site has kept for itself: how each model did on its rows, what was spent, what it refused."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from protocols.cli import Exit, fail
+    from protocols.site_file import load_site
+    from protocols.site_service import journal_of, read_journal
+    from secagg.errors import SecAggError
+
+    try:
+        file = load_site(site)
+        entries = read_journal(journal_of(file))
+    except SecAggError as error:
+        fail(error, Exit.BAD_INPUT)
+    screen = Console(highlight=False)
+    if not entries:
+        screen.print(f"{file.name} has answered nothing yet", markup=False)
+        return
+    rows = next((entry for entry in entries if entry.train_rows is not None), None)
+    if rows is not None:
+        screen.print(f"{file.name}: {rows.train_rows} training rows, {rows.test_rows} test rows", markup=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model of")
+    for heading in ("accuracy", "AUC", "log loss"):
+        table.add_column(heading, justify="right")
+    for entry in entries:
+        if (judged := entry.metrics) is not None:
+            of = "the end" if entry.round is None else f"round {entry.round}"
+            values = (judged.accuracy, judged.auc, judged.log_loss)
+            table.add_row(of, *("-" if value is None else f"{value:.3f}" for value in values))
+    screen.print(table)
+    spent = [entry.spent for entry in entries if entry.spent is not None]
+    if spent:
+        last = spent[-1]
+        screen.print(f"Spent on a {last.unit}: epsilon {last.epsilon:.3f} at delta {last.delta:g} ({last.relation})")
+    for entry in entries:
+        if entry.log is not None:
+            screen.print(entry.log, markup=False)
+
+
 @deploy_app.command("init")
 def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Made by this command.", show_default=False)],

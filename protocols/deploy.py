@@ -186,10 +186,12 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 
 def _names(host: str) -> list[x509.GeneralName]:
-    """What the link is called: by its own machine, among the containers of the compose file, and by hospitals."""
-    ours: list[x509.GeneralName] = [x509.DNSName("localhost"), x509.DNSName("link")]
+    """What the link is called: by its own processes, among the containers of the compose file, and by hospitals."""
+    loopback = ipaddress.ip_address("127.0.0.1")
+    ours: list[x509.GeneralName] = [x509.IPAddress(loopback), x509.DNSName("localhost"), x509.DNSName("link")]
     with contextlib.suppress(ValueError):
-        return [*ours, x509.IPAddress(ipaddress.ip_address(host))]
+        address = ipaddress.ip_address(host)
+        return ours if address == loopback else [*ours, x509.IPAddress(address)]
     return [*ours, x509.DNSName(host)]
 
 

@@ -51,18 +51,19 @@ until {bin}/flower-supernode --superlink {host}:{port} --root-certificates {fold
 NGINX = """\
 # /etc/nginx/conf.d/secagg-link.conf, at whoever coordinates. A SuperLink has one port for everything, and does not ask
 # who it is that submits a run or registers a node. So it listens on its own machine only; through here, hospitals reach
-# what their nodes need.
+# what their nodes need. The certificate is from whoever makes them for the hospitals; link.crt is the link's own, for
+# 127.0.0.1.
 server {{
     listen 443 ssl;
     server_name {host};
-    ssl_certificate /etc/secagg/server.crt;
-    ssl_certificate_key /etc/secagg/server.key;
+    ssl_certificate /etc/secagg/proxy.crt;
+    ssl_certificate_key /etc/secagg/proxy.key;
     ssl_protocols TLSv1.2 TLSv1.3;
     client_max_body_size 0;
 
     location /v1/fleet/ {{
         proxy_pass https://127.0.0.1:{port};
-        proxy_ssl_trusted_certificate /etc/secagg/ca.crt;
+        proxy_ssl_trusted_certificate /etc/secagg/link.crt;
         proxy_ssl_verify on;
         proxy_ssl_name localhost;
     }}
@@ -84,8 +85,8 @@ Wants=network-online.target
 User=secagg-link
 Environment=FLWR_HOME=/var/lib/secagg-link FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 Environment=FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1 PATH=/opt/secagg/bin:/usr/bin:/bin
-ExecStart=/opt/secagg/bin/flower-superlink --ssl-ca-certfile /etc/secagg/ca.crt --ssl-certfile /etc/secagg/server.crt \\
-  --ssl-keyfile /etc/secagg/server.key --enable-supernode-auth --disable-runtime-dependency-installation \\
+ExecStart=/opt/secagg/bin/flower-superlink --ssl-ca-certfile /etc/secagg/link.crt --ssl-certfile /etc/secagg/link.crt \\
+  --ssl-keyfile /etc/secagg/link.key --enable-supernode-auth --disable-runtime-dependency-installation \\
   --host 127.0.0.1 --port {port}
 StateDirectory=secagg-link
 Restart=on-failure

@@ -11,7 +11,6 @@ import contextlib
 import os
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -287,16 +286,3 @@ def _listening(path: Path) -> Iterator[socket.socket]:
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def in_background(host: SiteHost, path: Path) -> Callable[[], None]:
-    """Serve in a thread; gives what ends it. For tests and trials in one process."""
-    ended = threading.Event()
-    thread = threading.Thread(target=serve, args=(host, path, ended.is_set), daemon=True)
-    thread.start()
-
-    def end() -> None:
-        ended.set()
-        thread.join()
-
-    return end

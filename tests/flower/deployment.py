@@ -52,77 +52,48 @@ def children(pid):
     return found
 
 
-class Deployment:
-    """Four hospitals and a link. `with` ends whatever was started, by its id."""
+class Processes:
+    """Processes that a test starts, each with a log, a name and a folder. `with` ends all of them by their ids."""
 
-    def __init__(self, *, rounds=2, more="", patience="", sites=SITES):
-        # Not below pytest's folder: the path of a socket is short.
-        self._home = tempfile.TemporaryDirectory(prefix="secagg-")
-        self.base = Path(self._home.name)
-        self.folder = self.base / "d"
-        self.study = self.base / "study.toml"
-        self.study.write_text(STUDY.format(rounds=rounds, more=more))
-        port = free_ports(6)
-        deploy(self.folder, self.study, port=port, node_port=port + 1)
-        self.link_toml = self.folder / "link" / "link.toml"
-        patience = patience or "gather = 60.0\nstage = 60.0\nresend = 20.0\nabsent = 5.0\n"
-        self.link_toml.write_text(self.link_toml.read_text() + "\n[patience]\n" + patience)
-        self.sites = sites
+    def __init__(self, base, environment=None):
+        self.base = Path(base)
         self.running = {}
-        self.runs = 0
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **(environment or {})}
 
     def __enter__(self):
-        try:
-            self.start("link", self.commands("The link")[0])
-            self.wait_for("link", "Application startup complete|running on|Uvicorn")
-            for site in self.sites:
-                self.register(site)
-            for site in self.sites:
-                self.start_site(site)
-                self.start_node(site)
-            for site in self.sites:
-                self.wait_for(f"{site}-site", "answers on")
-        except BaseException:
-            self.__exit__()
-            raise
         return self
 
     def __exit__(self, *_):
         for name in reversed(list(self.running)):
             self.end(name)
-        if keep := os.environ.get("KEEP_LOGS"):
-            import shutil
 
-            shutil.copytree(self.base, keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
-        self._home.cleanup()
-
-    def commands(self, heading):
-        """The shell blocks under a heading of the README."""
-        text = (self.folder / "README.md").read_text()
-        section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1]
-        return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
-
-    def register(self, site):
+    def done(self, command, folder=None, seconds=240):
+        """What a shell command told that came to a proper end."""
         done = subprocess.run(
-            ["bash", "-ec", self.commands(site)[0]], capture_output=True, text=True, timeout=60, check=False
+            ["bash", "-ec", command],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            check=False,
+            env=self.environment,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{self.tails()}"
+        return done.stdout
 
-    def start_site(self, site, command=None):
-        self.start(f"{site}-site", command or self.commands(site)[1])
-
-    def start_node(self, site):
-        self.start(f"{site}-node", self.commands(site)[2])
-
-    def start(self, name, command):
+    def start(self, name, command, folder=None):
         with self.log(name).open("ab") as log:
             self.running[name] = subprocess.Popen(
                 ["bash", "-ec", command],
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env=self.environment,
             )
 
     def log(self, name):
@@ -131,7 +102,10 @@ class Deployment:
     def told(self, name):
         return self.log(name).read_text(errors="replace") if self.log(name).exists() else ""
 
-    def wait_for(self, name, pattern, seconds=60):
+    def tails(self):
+        return "\n".join(f"--- {name}\n{self.told(name)[-1500:]}" for name in self.running)
+
+    def wait_for(self, name, pattern, seconds=120):
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             if found := re.search(pattern, self.told(name)):
@@ -139,7 +113,7 @@ class Deployment:
             if name in self.running and self.running[name].poll() is not None:
                 break
             time.sleep(0.1)
-        raise AssertionError(f"{name} did not say {pattern!r}:\n{self.told(name)[-3000:]}")
+        raise AssertionError(f"{name} did not say {pattern!r}:\n{self.told(name)[-3000:]}\n{self.tails()}")
 
     def kill(self, name):
         """kill -9, as when the power fails: the process and what it started, each by its id."""
@@ -153,40 +127,84 @@ class Deployment:
         process = self.running.pop(name)
         started = children(process.pid)
         process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
+        for pid in started:  # a shell ends, and leaves what it waits for
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        ends = time.monotonic() + 10
+        while time.monotonic() < ends and any(alive(pid) for pid in (process.pid, *started)):
+            process.poll()
+            time.sleep(0.05)
         for pid in (process.pid, *started):
             if alive(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         process.wait()
 
+    def ended(self, name, seconds=240):
+        """The exit code of a process that ends by itself."""
+        try:
+            code = self.running[name].wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{name} did not end:\n{self.told(name)[-3000:]}\n{self.tails()}") from None
+        del self.running[name]
+        return code
+
+
+class Deployment(Processes):
+    """Four hospitals and a link, by the commands of the README that `secagg deploy init` writes."""
+
+    def __init__(self, *, rounds=2, more="", patience="", sites=SITES):
+        # Not below pytest's folder: the path of a socket is short.
+        self._home = tempfile.TemporaryDirectory(prefix="secagg-")
+        super().__init__(self._home.name)
+        self.folder = self.base / "d"
+        self.study = self.base / "study.toml"
+        self.study.write_text(STUDY.format(rounds=rounds, more=more))
+        port = free_ports(6)
+        deploy(self.folder, self.study, port=port, node_port=port + 1)
+        self.link_toml = self.folder / "link" / "link.toml"
+        patience = patience or "gather = 60.0\nstage = 60.0\nresend = 20.0\nabsent = 5.0\n"
+        self.link_toml.write_text(self.link_toml.read_text() + "\n[patience]\n" + patience)
+        self.sites = sites
+        self.runs = 0
+
+    def __enter__(self):
+        try:
+            self.start("link", self.commands("The link")[0])
+            self.wait_for("link", "Uvicorn running on")
+            for site in self.sites:
+                self.done(self.commands(site)[0])
+            for site in self.sites:
+                self.start(f"{site}-site", self.commands(site)[1])
+                self.start_node(site)
+            for site in self.sites:
+                self.wait_for(f"{site}-site", "answers on")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        super().__exit__()
+        self._home.cleanup()
+
+    def commands(self, heading):
+        """The shell blocks under a heading of the README."""
+        text = (self.folder / "README.md").read_text()
+        section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1]
+        return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+
+    def start_node(self, site):
+        self.start(f"{site}-node", self.commands(site)[2])
+
     def run(self, *arguments, out=None):
         """Start `secagg run` on the link; gives its name, to wait for."""
         self.runs += 1
         name = f"run{self.runs}"
         out = out or self.base / f"out{self.runs}"
-        command = [
-            str(Path(sys.executable).with_name("secagg")),
-            *("run", str(self.study), "--engine", "flower", "--link", str(self.link_toml), "--out", str(out)),
-            *arguments,
-        ]
-        with self.log(name).open("ab") as log:
-            self.running[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+        command = self.commands("Run the study")[0].rstrip()
+        self.start(name, f"exec {command} --out {out} {' '.join(arguments)}")
         return name, out
-
-    def ended(self, name, seconds=240):
-        """The exit code of a run."""
-        try:
-            return self.running[name].wait(seconds)
-        except subprocess.TimeoutExpired:
-            tails = "\n".join(f"--- {part}\n{self.told(part)[-1500:]}" for part in [name, *self.running])
-            raise AssertionError(f"{name} did not end:\n{tails}") from None
-        finally:
-            if self.running[name].poll() is not None:
-                del self.running[name]
 
     def server_app(self):
         """The process of the server app, which the link has started."""

@@ -1,4 +1,4 @@
-"""A server that goes down goes on from its checkpoint: what it had is all there, and nothing is asked of sites twice."""
+"""A server that goes down goes on from its checkpoint: all it had is there, and nothing is asked of sites twice."""
 
 import msgspec
 import numpy as np
