@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-slow check lint types contracts bench guards clean
+.PHONY: help setup demo test test-slow test-flower check lint types contracts bench guards clean
 
 help:
 	@echo "make demo       four hospitals train one model (sets up .venv first)"
 	@echo "make test       the everyday test suite"
 	@echo "make check      what CI runs: test, lint, types, import contracts"
 	@echo "make test-slow  the long tests"
+	@echo "make test-flower  hospitals as processes of their own, over Flower with TLS on loopback, and all that goes wrong"
 	@echo "make bench      all benchmarks, with their targets checked; JSON to benchmarks/results"
 	@echo "make guards     every check in secagg/ and of the ledger removed once: does a test notice? SAMPLE=40 for some of them"
 	@echo "make setup      .venv with everything; quick when nothing changed"
@@ -30,6 +31,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+test-flower: setup
+	$(BIN)/python -m pytest -m flower tests/flower
 
 lint: setup
 	$(BIN)/ruff check .

@@ -103,11 +103,17 @@ class SiteHost:
         if (spent := site.spent(self._store.load())) is not None:
             new.append(Entry(spent=spent))
         for entry in new:
-            print(_readable(entry), file=sys.stderr, flush=True)
+            _tell(_readable(entry))
         if self._journal is not None:
             # A journal that cannot be written costs the site nothing but its journal.
             with contextlib.suppress(OSError):
                 write_journal(self._journal, new)
+
+
+def _tell(line: str) -> None:
+    """A line for the site's own log. One that cannot be written, as on a full disk, must not keep it from answering."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _readable(entry: Entry) -> str:
@@ -246,7 +252,7 @@ def serve(host: SiteHost, path: Path, stop: Callable[[], bool] = lambda: False) 
                 try:
                     _answer(host, connection)
                 except (OSError, ServiceError) as error:  # they are gone; the state is safe, and they ask again
-                    print(f"{host.site.name}: a question was not answered: {error}", file=sys.stderr, flush=True)
+                    _tell(f"{host.site.name}: a question was not answered: {error}")
 
 
 def _answer(host: SiteHost, connection: socket.socket) -> None:
@@ -260,7 +266,7 @@ def _answer(host: SiteHost, connection: socket.socket) -> None:
         reply = host.answer(body)
     except (SecAggError, DpError) as error:
         # Such as a full disk. Why is for the site's own log.
-        print(f"{host.site.name}: {error}", file=sys.stderr, flush=True)
+        _tell(f"{host.site.name}: {error}")
         send(connection, FAILED, b"")
         return
     send(connection, ANSWER, reply)

@@ -68,7 +68,7 @@ class Processes:
         for name in reversed(list(self.running)):
             self.end(name)
 
-    def done(self, command, folder=None, seconds=240):
+    def done(self, command, folder=None, seconds=600):
         """What a shell command told that came to a proper end."""
         done = subprocess.run(
             ["bash", "-ec", command],

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -117,7 +118,8 @@ class Hospital:
             try:
                 if from_main:  # the signal comes at the end of the thread that forked
                     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with the tests, however they end
-                os.dup2(self._log[1], 2)  # no file, which could be too large
+                os.dup2(self._log[1], 2)
+                sys.stderr = os.fdopen(2, "w")  # and not pytest's file, which could be too large
                 entropy = deterministic_entropy(self.seed) if self.seed is not None else os.urandom
                 if self.limit is not None:
                     self.limit()

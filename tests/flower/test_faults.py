@@ -7,6 +7,7 @@ import time
 import pytest
 
 from protocols.coordinator import Coordinator
+from protocols.engines.flower.bodies import MESSAGE
 from protocols.engines.flower.conduct import planned_cost
 from protocols.engines.flower.engine import Patience
 from protocols.engines.in_process import InProcess
@@ -14,6 +15,7 @@ from protocols.errors import LinkError, StudyError
 from protocols.fedavg import flatten
 from protocols.hello import Hello
 from protocols.messages import Request, Work
+from protocols.rosters import roster_digest
 from protocols.run import drive, load_data
 from protocols.site import Site
 from protocols.site_file import load_site
@@ -24,6 +26,8 @@ from tests.flower.deployment import SITES
 from tests.flower.local_grid import body_of, is_request, with_body
 from tests.protocols.hospitals import with_work
 
+SHORT = Patience(gather=10.0, stage=5.0, resend=3.0, absent=0.6, poll=0.02)
+"""For rounds in which somebody never answers."""
 STAGES = ("AdvertiseKeys", "ShareKeys", "MaskedInput", "ConsistencyCheck", "Unmask")
 
 
@@ -142,7 +146,7 @@ def test_two_of_four_sites_that_are_killed_lose_the_round_and_the_study_says_so(
         if is_request(message) and stage_of(message)[0] == "MaskedInput" and here.site[node] in ("va", "cleveland")
         else message
     )
-    run, _ = here.run()
+    run, _ = here.run(patience=SHORT)
     assert outcomes(run) == ["failed"]
     assert "2 participants left, 3 needed" in run.stopped
 
@@ -212,7 +216,7 @@ def test_a_site_with_another_study_is_named_and_nothing_is_asked_of_anyone(ward)
         hospital.start()
     with pytest.raises(StudyError, match=r"va has another study\.toml"):
         here.run()
-    assert not [kind for _, kind in here.grid.sent if kind == "query.secagg"]
+    assert not [kind for _, kind in here.grid.sent if kind == MESSAGE]
 
 
 def test_a_site_with_another_roster_is_named_and_nothing_is_asked_of_anyone(ward):
@@ -223,7 +227,7 @@ def test_a_site_with_another_roster_is_named_and_nothing_is_asked_of_anyone(ward
         hospital.start()
     with pytest.raises(StudyError, match="va has another roster"):
         here.run()
-    assert not [kind for _, kind in here.grid.sent if kind == "query.secagg"]
+    assert not [kind for _, kind in here.grid.sent if kind == MESSAGE]
 
 
 def test_two_nodes_with_one_name_are_refused(ward):
@@ -234,6 +238,21 @@ def test_two_nodes_with_one_name_are_refused(ward):
         here.run()
 
 
+def test_a_node_that_takes_another_sites_name_is_in_no_sum(ward):
+    here, other = ward(rounds=1), ward(rounds=1, start=False)
+    here.grid.offline.add(here.node["va"])
+    here.grid.add(9, {"site-socket": str(other.hospitals["va"].start().socket)})  # with a key of its own
+    claim = encode(Hello("va", here.study.digest, roster_digest(here.roster)))
+    here.grid.on_reply = lambda node, message, reply: (
+        with_body(reply, claim) if node == 9 and not is_request(message) else reply
+    )
+    run, _ = here.run()
+    assert (9, MESSAGE) in here.grid.sent
+    assert outcomes(run) == ["opened"]
+    assert run.rounds[0].contributors == SITES[:3]
+    assert run.rounds[0].dropped["va"] == "sent a wrong message at AdvertiseKeys"
+
+
 def test_a_node_of_another_name_is_not_asked(ward):
     here = ward(rounds=1)
     stranger = encode(Hello("stranger", here.study.digest, bytes(32)))
@@ -242,7 +261,7 @@ def test_a_node_of_another_name_is_not_asked(ward):
     run, _ = here.run()
     assert outcomes(run) == ["opened"]
     assert any("says it is 'stranger', which is none of the study's sites" in line for line in here.lines)
-    assert (9, "query.secagg") not in here.grid.sent
+    assert (9, MESSAGE) not in here.grid.sent
 
 
 def test_a_node_that_does_not_say_who_it_is_is_not_asked(ward):
@@ -252,7 +271,7 @@ def test_a_node_that_does_not_say_who_it_is_is_not_asked(ward):
     run, _ = here.run()
     assert outcomes(run) == ["opened"]
     assert any("does not say which site it is" in line for line in here.lines)
-    assert (9, "query.secagg") not in here.grid.sent
+    assert (9, MESSAGE) not in here.grid.sent
 
 
 def test_a_node_without_a_site_behind_it_is_missing_and_said_so(ward):
@@ -295,7 +314,6 @@ def test_a_server_that_sends_two_sites_different_models_opens_nothing_of_both(wa
     run, _ = here.run()
     assert outcomes(run) == ["failed"]
     assert run.stopped is not None
-    assert not run.transcript or run.transcript != b""
 
 
 def full_disk():
@@ -308,7 +326,7 @@ def test_a_site_whose_disk_is_full_does_not_answer_and_says_why_in_its_own_log(w
     here.hospitals["va"].limit = full_disk
     for hospital in here.hospitals.values():
         hospital.start()
-    run, _ = here.run()
+    run, _ = here.run(patience=SHORT)
     assert outcomes(run) == ["opened"]
     assert "va" not in run.rounds[0].contributors
     assert any("va: could not answer; its own log says why" in line for line in here.lines)

@@ -239,7 +239,7 @@ def test_a_site_that_cannot_keep_its_state_does_not_answer_and_tells_why_to_itse
 def test_where_no_site_answers_the_error_says_what_to_start(tmp_path):
     with pytest.raises(ServiceError, match="start it with `secagg site serve`"):
         ask(tmp_path / "none.sock", HELLO)
-    with pytest.raises(ServiceError, match="expected site-socket='PATH'.*got None"):
+    with pytest.raises(ServiceError, match=r"expected site-socket='PATH'.*got None"):
         ask(None, HELLO)
 
 
@@ -317,6 +317,20 @@ def test_a_journal_that_cannot_be_written_costs_the_site_nothing_else(trial):
     journal_of(load_site(trial.file("ash"))).mkdir()
     with served(trial, "ash") as path:
         assert isinstance(decode(ask(path, MESSAGE, trial.request("ash")), Reply).keys, Answer)
+
+
+def test_a_log_that_cannot_be_written_costs_the_site_nothing_else(trial, monkeypatch):
+    class Full:
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        flush = write
+
+    request = trial.request("ash")
+    with served(trial, "ash") as path, monkeypatch.context() as patched:
+        patched.setattr("sys.stderr", Full())
+        assert decode(ask(path, MESSAGE, b"garbage"), Reply).sum.reason == "protocol"
+        assert isinstance(decode(ask(path, MESSAGE, request), Reply).keys, Answer)
 
 
 def test_a_journal_is_not_written_through_a_link(trial):
