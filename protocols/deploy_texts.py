@@ -14,7 +14,7 @@ Each block is for a terminal of its own; what is named `link` runs at whoever co
 
 ```sh
 FLWR_HOME={folder}/home FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 \\
-FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1 PATH={bin}:$PATH exec {bin}/flower-superlink \\
+FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.5 PATH={bin}:$PATH exec {bin}/flower-superlink \\
   --ssl-ca-certfile {folder}/ca.crt --ssl-certfile {folder}/link/server.crt --ssl-keyfile {folder}/link/server.key \\
   --enable-supernode-auth --disable-runtime-dependency-installation --host {host} --port {port}
 ```
@@ -41,7 +41,7 @@ then its start is refused, and the loop tries again:
 
 ```sh
 export FLWR_HOME={folder}/{name}/home FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 \\
-  FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1 PATH={bin}:$PATH
+  FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.5 PATH={bin}:$PATH
 until {bin}/flower-supernode --superlink {host}:{port} --root-certificates {folder}/ca.crt \\
   --auth-supernode-private-key {folder}/{name}/node.key --host 127.0.0.1 --port {node_port} \\
   --node-config "site-socket='{folder}/{name}/site.sock'"; do sleep 5; done
@@ -84,7 +84,7 @@ Wants=network-online.target
 [Service]
 User=secagg-link
 Environment=FLWR_HOME=/var/lib/secagg-link FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
-Environment=FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1 PATH=/opt/secagg/bin:/usr/bin:/bin
+Environment=FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.5 PATH=/opt/secagg/bin:/usr/bin:/bin
 ExecStart=/opt/secagg/bin/flower-superlink --ssl-ca-certfile /etc/secagg/link.crt --ssl-certfile /etc/secagg/link.crt \\
   --ssl-keyfile /etc/secagg/link.key --enable-supernode-auth --disable-runtime-dependency-installation \\
   --host 127.0.0.1 --port {port}
@@ -138,7 +138,7 @@ StartLimitIntervalSec=0
 User=secagg-node
 Group=secagg
 Environment=FLWR_HOME=/var/lib/secagg-node FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
-Environment=FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1 PATH=/opt/secagg/bin:/usr/bin:/bin
+Environment=FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.5 PATH=/opt/secagg/bin:/usr/bin:/bin
 ExecStart=/opt/secagg/bin/flower-supernode --superlink {host}:443 --root-certificates /etc/secagg/ca.crt \\
   --auth-supernode-private-key /etc/secagg/node.key --host 127.0.0.1 --port {node_port} \\
   --node-config "site-socket='/run/secagg/site.sock'"
@@ -159,7 +159,7 @@ COMPOSE_HEAD = """\
 x-quiet: &quiet
   FLWR_TELEMETRY_ENABLED: "0"
   FLWR_DISABLE_UPDATE_CHECK: "1"
-  FLWR_SUPEREXEC_TASK_POLL_INTERVAL: "0.1"
+  FLWR_SUPEREXEC_TASK_POLL_INTERVAL: "0.5"
 services:
   link:
     image: secagg
