@@ -133,7 +133,7 @@ def load_agreement(path: str | Path) -> Agreement:
     return parse_agreement(read_text(path, StudyError), name=str(path))
 
 
-def parse_agreement(text: str, *, name: str = "sums.toml") -> Agreement:
+def parse_agreement(text: str, *, name: str = "agreement.toml") -> Agreement:
     """An agreement from the text of its file; `name` is the file's, for messages.
 
     Raises:

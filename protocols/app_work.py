@@ -314,12 +314,21 @@ class AppVectors:
         return arrays, metrics
 
 
+def in_type(array: NDArray, dtype: np.dtype[Any]) -> NDArray:
+    """An array in another type; to integers it is rounded, within their bounds."""
+    if dtype.name not in _INTEGERS or array.dtype.name not in _FLOATS:
+        return array.astype(dtype)
+    bounds = np.iinfo(dtype)
+    return np.asarray(np.clip(np.rint(array), bounds.min, bounds.max), dtype)
+
+
 def _moved(sent: NDArray, change: npt.NDArray[np.float64]) -> NDArray:
     """An array moved by a mean change, in its own type; integers are rounded, to even where it is a tie."""
     if sent.dtype.name in _FLOATS:
-        return (sent + change).astype(sent.dtype)
+        return np.asarray(sent + change, sent.dtype)  # arithmetic makes a number of an array without axes
     bounds = np.iinfo(sent.dtype)
-    return np.clip(sent.astype(np.int64) + np.rint(change).astype(np.int64), bounds.min, bounds.max).astype(sent.dtype)
+    moved = sent.astype(np.int64) + np.rint(change).astype(np.int64)
+    return np.asarray(np.clip(moved, bounds.min, bounds.max), sent.dtype)
 
 
 def _check_dtype(spec: ArraySpec) -> None:

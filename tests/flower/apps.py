@@ -79,7 +79,7 @@ def write_files(folder, text=TEXT, sites=SITES, policy=""):
     for name in (*sites, "server"):
         (folder / name).mkdir(exist_ok=True)
         write_roster(folder / name / "roster.toml", roster)
-        (folder / name / "sums.toml").write_text(text)
+        (folder / name / "agreement.toml").write_text(text)
     for name in sites:
         (folder / name / "site.toml").write_text(
             f'name = "{name}"\nidentity = "site.key"\nroster = "roster.toml"\nstate = "site.state"\n'
@@ -103,7 +103,8 @@ class Clinic:
     def secure(self, **changes):
         given = {"patience": PATIENCE, **changes}
         server = self.folder / "server"
-        return SecAggGrid(self.grid, load_agreement(server / "sums.toml"), load_roster(server / "roster.toml"), **given)
+        ours = load_agreement(server / "agreement.toml"), load_roster(server / "roster.toml")
+        return SecAggGrid(self.grid, *ours, **given)
 
     def plain(self):
         """The same app on the same nodes without the mod."""

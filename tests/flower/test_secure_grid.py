@@ -22,8 +22,8 @@ from tests.protocols.test_app_sums import other_arrays, tampered, with_sum
 
 STAGES = ("MaskedInput", "ConsistencyCheck", "Unmask")
 ROUNDS = 3
-# Rounding of a mean of four updates, by three rounds of at most half of it handed on.
-CLOSE = 8 * 2.0**-16
+# Each of four updates is off by less than one unit before weighting, in three rounds, and float32 by its last bits.
+CLOSE = 3 * 4 * 2.0**-16 / sum(WEIGHTS.values()) + 1e-6
 
 
 @pytest.fixture
@@ -169,6 +169,29 @@ def test_one_reply_stands_for_all(clinic):
     assert reply.content["metrics"]["num-examples"] == sum(WEIGHTS.values())
 
 
+@pytest.mark.parametrize("make", [FedAvg, lambda: FedAdam(eta=0.1, eta_l=0.1, tau=0.05)], ids=["FedAvg", "FedAdam"])
+def test_a_strategy_that_widens_types_does_not_reach_the_app_with_them(tmp_path, make):
+    """FedAvg makes floats of integers, FedAdam float64 of float32; PyTorch gives back the model's own types."""
+    app, seen = ClientApp(mods=[SecAggMod()]), []
+
+    @app.train()
+    def train(message, context):
+        came = {name: array.numpy() for name, array in message.content["arrays"].items()}
+        seen.append({name: array.dtype.name for name, array in came.items()})
+        gone = {"weight": (came["weight"] + 0.5).astype(np.float32), "num_batches_tracked": np.array(5, np.int64)}
+        metrics = MetricRecord({"train_loss": 1.0, "num-examples": 2})
+        return Message(RecordDict({"arrays": arrays(gone), "metrics": metrics}), reply_to=message)
+
+    clinic = Clinic(tmp_path, "max_integer_update = 1000\n" + TEXT, app=app)
+    start = arrays({"weight": np.zeros(2, np.float32), "num_batches_tracked": np.array(2, np.int64)})
+    given = make()
+    given.fraction_evaluate = 0.0
+    result = given.start(clinic.secure(), start, num_rounds=3)
+    assert len(result.train_metrics_clientapp) == 3
+    assert len(seen) == 12
+    assert {tuple(types.items()) for types in seen} == {(("weight", "float32"), ("num_batches_tracked", "int64"))}
+
+
 def test_no_messages_are_no_sum(clinic):
     assert clinic.secure().send_and_receive([]) == []
     assert clinic.grid.sent == []
@@ -188,16 +211,17 @@ def test_no_messages_are_no_sum(clinic):
         strategy.QFedAvg,
         lambda: strategy.DifferentialPrivacyServerSideFixedClipping(FedAvg(), 1.0, 1.0, 4),
         lambda: strategy.DifferentialPrivacyClientSideFixedClipping(FedAvg(), 1.0, 1.0, 4),
-        lambda: strategy.DifferentialPrivacyServerSideAdaptiveClipping(FedAvg(), 1.0, 4),
-        lambda: strategy.DifferentialPrivacyClientSideAdaptiveClipping(FedAvg(), 1.0, 4),
+        lambda: strategy.DifferentialPrivacyServerSideAdaptiveClipping(FedAvg(), 0.1, 4),
+        lambda: strategy.DifferentialPrivacyClientSideAdaptiveClipping(FedAvg(), 0.1, 4),
         strategy.FedXgbBagging,
         strategy.FedXgbCyclic,
     ],
 )
 def test_a_strategy_that_needs_single_replies_is_refused(clinic, make):
     given = make(client_learning_rate=0.1) if make is strategy.QFedAvg else make()
+    trees = ArrayRecord({"0": Array(np.zeros(4, np.uint8))})
     with pytest.raises(LocalProtocolError, match="works on single replies, and a secure sum has none"):
-        given.start(clinic.secure(), arrays(), num_rounds=1)
+        given.start(clinic.secure(), trees, num_rounds=1)
     assert clinic.seen == []
 
 
@@ -480,8 +504,8 @@ def test_what_the_agreement_does_not_have_does_not_leave_the_site(tmp_path, capf
 
 
 def test_a_site_with_another_agreement_is_named_and_nothing_is_asked(clinic):
-    (clinic.folder / "birch" / "sums.toml").write_text(TEXT.replace("most_sums = 20", "most_sums = 30"))
-    with pytest.raises(StudyError, match=r"birch has another agreement .*give both the same file"):
+    (clinic.folder / "birch" / "agreement.toml").write_text(TEXT.replace("most_sums = 20", "most_sums = 30"))
+    with pytest.raises(StudyError, match=r"birch has another agreement\.toml .*give both the same file"):
         FedAvg().start(clinic.secure(), arrays(), num_rounds=1)
     assert clinic.seen == []
 
@@ -489,7 +513,7 @@ def test_a_site_with_another_agreement_is_named_and_nothing_is_asked(clinic):
 def test_an_agreement_that_is_changed_later_gives_no_answer(clinic, capfd):
     secure = clinic.secure(patience=Patience(gather=5.0, stage=2.0, resend=5.0, absent=0.3, poll=0.01))
     secure.send_and_receive(messages())
-    (clinic.folder / "birch" / "sums.toml").write_text(TEXT.replace("most_sums = 20", "most_sums = 30"))
+    (clinic.folder / "birch" / "agreement.toml").write_text(TEXT.replace("most_sums = 20", "most_sums = 30"))
     (reply,) = secure.send_and_receive(messages(kind="evaluate"))
     assert reply.content["metrics"]["num-examples"] == sum(WEIGHTS[n] // 2 for n in SITES if n != "birch")
     assert "the state of birch is of another agreement" in capfd.readouterr().err

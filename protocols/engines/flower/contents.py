@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from protocols.agreement import Kind
-from protocols.app_work import AppWork, NDArray, Returned, Value
+from protocols.app_work import AppWork, NDArray, Returned, Value, in_type
 from protocols.errors import DataError
 from secagg.errors import LocalProtocolError
 
@@ -15,8 +17,14 @@ METRICS = "metrics"
 _NUMPY = "numpy.ndarray"
 
 
-def work_of(message: Message) -> AppWork:
+def work_of(message: Message, types: dict[str, np.dtype[Any]] | None = None) -> AppWork:
     """What a strategy asks with a message.
+
+    Args:
+        message: The strategy's.
+        types: In which type each array was sent first; arrays are sent in that again, and new ones are added. An
+            average is of floats: strategies turn integers into floats, and some float32 into float64, which no app
+            gives back.
 
     Raises:
         LocalProtocolError: It has other records than one of arrays and some of settings, or its type or an array's is
@@ -36,7 +44,10 @@ def work_of(message: Message) -> AppWork:
         name: {entry: tuple(value) if isinstance(value, list) else value for entry, value in record.items()}
         for name, record in message.content.config_records.items()
     }
-    return AppWork.of(kind, key, _numpy(arrays, LocalProtocolError), configs)
+    sent = _numpy(arrays, LocalProtocolError)
+    if types is not None:
+        sent = {name: in_type(array, types.setdefault(name, array.dtype)) for name, array in sent.items()}
+    return AppWork.of(kind, key, sent, configs)
 
 
 def content_of(work: AppWork) -> RecordDict:

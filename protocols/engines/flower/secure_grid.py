@@ -1,6 +1,6 @@
 """A Flower grid whose batches are secure sums, so that a stock strategy runs over them unchanged.
 
-    result = FedAvg().start(SecAggGrid(grid, load_agreement("sums.toml"), load_roster("roster.toml")), arrays)
+    result = FedAvg().start(SecAggGrid(grid, load_agreement("agreement.toml"), load_roster("roster.toml")), arrays)
 
 A batch of a strategy, the same work for every site, becomes a sum under pairwise masks (`secagg.masking`, after
 Bonawitz et al. 2017, "Practical secure aggregation for privacy-preserving machine learning", figure 4). The strategy
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid, strategy
 from flwr.serverapp.strategy import Strategy
@@ -90,6 +91,7 @@ class SecAggGrid(Grid):
             beside="SecAggMod in the app that it runs, with its site's files",
         )
         self._gathered = False
+        self._types: dict[str, np.dtype[Any]] = {}
         self._told: set[str] = set()
 
     @property
@@ -166,9 +168,9 @@ class SecAggGrid(Grid):
         if not batch:
             return []
         self._check_strategy()
-        work = work_of(batch[0])
+        work = work_of(batch[0], self._types)
         for message in batch[1:]:
-            if message.content is not batch[0].content and work_of(message) != work:
+            if message.content is not batch[0].content and work_of(message, self._types) != work:
                 raise LocalProtocolError(
                     "the messages of a batch differ: in a secure sum all sites get the same arrays and settings, to "
                     "which their masks are bound"

@@ -8,6 +8,7 @@ run for sums that are bound to what was sent, and what they give leaves in such 
 
 from __future__ import annotations
 
+import copy
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,8 +42,8 @@ class SecAggMod:
     """Answers for a hospital; to be the first of an app's mods.
 
     Where the hospital's files are, the configuration of its node says (`flower-supernode --node-config`):
-    `site-config` its own file (docs/site.md), `agreement` its copy of the agreement, by default `sums.toml` beside it,
-    and `passphrase-file` a file with its key's passphrase, where that is encrypted. None of it comes from the server.
+    `site-config` its own file (docs/site.md), `agreement` its copy of the agreement, by default `agreement.toml` beside
+    that, and `passphrase-file` its key's passphrase, where that is encrypted. None of it comes from the server.
 
     Args:
         site: Path of the site's file in place of the configuration's, or what gives it for a node's context: for
@@ -106,7 +107,7 @@ class SecAggMod:
                 "with --node-config"
             )
         agreement = _path(self._agreement, AGREEMENT, context)
-        return load_site(path), load_agreement(agreement or path.absolute().parent / "sums.toml")
+        return load_site(path), load_agreement(agreement or path.absolute().parent / "agreement.toml")
 
 
 def _path(given: PathOf | None, key: str, context: Context) -> Path | None:
@@ -123,9 +124,10 @@ def _run(work: AppWork, message: Message, context: Context, call_next: ClientApp
     kind = message.metadata.message_type
     if work.message_type != kind:
         raise RemoteProtocolError(f"work for {work.message_type!r} came in a message of type {kind!r}")
-    message.content = content_of(work)
+    asked = copy.copy(message)
+    asked.content = content_of(work)
     try:
-        reply = call_next(message, context)
+        reply = call_next(asked, context)
     except Exception as error:
         # An app may raise anything, and Flower would tell the server its text.
         traceback.print_exc()
