@@ -72,7 +72,7 @@ def test_metrics_are_scaled_to_the_largest_entry_and_need_no_wider_ring():
         (("[train]", '[protocol]\nkeys = "shared"\n[train]'), "protocol.keys: expected nothing, as"),
         (("[train]", "[protocol]\nthreshold = 2\n[train]"), "protocol.threshold: expected 3 to 4 for 4 sites"),
         (("[train]", "[protocol]\nmax_update = 0.0\n[train]"), "protocol.max_update: expected a finite number above 0"),
-        (("[train]", "[protocol]\nmax_weight = 1000000000000\n[train]"), "sums.toml: protocol: largest value 4.0 x weight"),
+        (("[train]", "[protocol]\nmax_weight = 1000000000000\n[train]"), "sums.toml: protocol: largest value 4.0 x"),
     ],
 )
 def test_what_cannot_be_is_one_line_that_names_the_path(change, told):
