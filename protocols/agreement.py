@@ -17,7 +17,7 @@ import msgspec
 from protocols.errors import StudyError
 from protocols.study import Protocol, check_names, check_protocol
 from protocols.toml_file import Section, parse, read_text
-from secagg.errors import HeadroomError, LocalProtocolError
+from secagg.errors import HeadroomError
 from secagg.fixed_point import FixedPoint, plan
 from secagg.keys import Roster
 from secagg.masking.params import Params, Session, least_threshold
@@ -78,7 +78,7 @@ class Agreement(Section, frozen=True):
                     _refuse(f"{kind}.{name}", "its largest absolute value, a finite number above 0", largest)
         try:
             _ = self.fixed_point("train"), self.fixed_point("evaluate")
-        except (HeadroomError, LocalProtocolError) as error:
+        except HeadroomError as error:
             raise StudyError(f"protocol: {error}") from error
 
     @property

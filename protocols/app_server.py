@@ -62,7 +62,7 @@ class AppSums(Rounds):
         )
         self.average: Average | None = None
         self._kind: Kind = "train"
-        self._vectors: AppVectors | None = None
+        self._vectors = AppVectors(agreement, AppWork.of("train", "", {}, {}))  # until the first sum begins
         self._begun = 0
         self._finished = True
 
@@ -92,22 +92,16 @@ class AppSums(Rounds):
         return self._kind
 
     def _subject(self, purpose: Purpose) -> Subject:
-        return subject_of(self._opening, purpose, hashlib.sha256(self._work).digest(), self._head)
+        return subject_of(self._vectors, purpose, hashlib.sha256(self._work).digest(), self._head)
 
     def _begin(self) -> None:
         if self._finished:
             return
         self._begin_sum(self._kind, more=self._begun < self._agreement.most_sums)
 
-    @property
-    def _opening(self) -> AppVectors:
-        if self._vectors is None:
-            raise LocalProtocolError("no sum has begun yet")
-        return self._vectors
-
     def _apply(self, record: RoundRecord, result: Sum) -> None:
-        weight, mean = self._opening.fixed.decode(result.total)
-        arrays, metrics = self._opening.opened(mean)
+        weight, mean = self._vectors.fixed.decode(result.total)
+        arrays, metrics = self._vectors.opened(mean)
         self._tell(record, result, weight)
         self.average = Average(arrays, metrics, weight, record.contributors)
 
