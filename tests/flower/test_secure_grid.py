@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
@@ -445,6 +445,24 @@ def test_the_app_that_raises_leaves_its_site_out_and_its_text_at_home(tmp_path, 
     (reply,) = clinic.secure().send_and_receive(messages())
     assert reply.content["metrics"]["num-examples"] == sum(WEIGHTS.values()) - WEIGHTS["birch"]
     assert "raised RuntimeError: patient 17 has no age" in capfd.readouterr().err
+    assert "patient" not in repr(replies)
+
+
+def test_an_error_that_the_app_gives_stays_at_home(tmp_path, capfd):
+    app, good = ClientApp(mods=[SecAggMod()]), user_app()
+
+    @app.train()
+    def train(message, context):
+        if context.node_config["name"] == "birch":
+            return Message(Error(1, "patient 17 has no age"), reply_to=message)
+        return good(message, context)
+
+    clinic = Clinic(tmp_path, app=app)
+    secure, replies = clinic.secure(), []
+    clinic.grid.on_reply = lambda node, message, reply: replies.append(reply) or reply
+    secure.send_and_receive(messages())
+    assert secure.rounds[-1].dropped["birch"] == "refused (data) at MaskedInput"
+    assert "the app's function for train gave an error: patient 17" in capfd.readouterr().err
     assert "patient" not in repr(replies)
 
 

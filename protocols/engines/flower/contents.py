@@ -31,8 +31,6 @@ def work_of(message: Message, types: dict[str, np.dtype[Any]] | None = None) -> 
             none that can be summed.
     """
     kind = message.metadata.message_type
-    if not message.has_content():
-        raise LocalProtocolError(f"a message of type {kind!r} has no content")
     records = message.content.array_records
     if len(records) != 1 or len(message.content.metric_records) > 0:
         raise LocalProtocolError(

@@ -33,6 +33,7 @@ from secagg.masking.transcript import Closing, Record
 # Flower's number for an error that has none of its own.
 _UNKNOWN = 0
 _LOG = logging.getLogger("flwr")
+_PATIENCE = Patience(stage=3600.0, resend=600.0)
 # What these do with single replies has no counterpart for their average, and would come out wrong without a word.
 _SINGLE = (
     strategy.Bulyan,
@@ -56,7 +57,8 @@ class SecAggGrid(Grid):
         grid: As Flower gives it to a server app.
         agreement: The server's copy; a site with another is refused.
         roster: The server's copy, likewise.
-        patience: How long to wait for sites and answers; a strategy's timeout is kept beside it.
+        patience: How long to wait for sites and answers; by default, an hour for a stage, and ten minutes until a site
+            that is there is asked again. A strategy's timeout is kept beside it.
         greeting: Type of the messages that ask who a node is; one for which every app has a function.
 
     Attributes:
@@ -84,7 +86,7 @@ class SecAggGrid(Grid):
             agreement.site_names,
             study=agreement.digest,
             roster=roster_digest(roster),
-            patience=patience,
+            patience=patience or _PATIENCE,
             say=_LOG.warning,
             hello=greeting,
             agreed="agreement",
