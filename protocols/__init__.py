@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from protocols.fedavg import ServerOptimizer, local_update
     from protocols.policy import Policy
     from protocols.rosters import load_roster
-    from protocols.run import Run, drive, load_data, run_study
+    from protocols.rounds import drive
+    from protocols.run import Run, load_data, run_study
     from protocols.site import Site
     from protocols.site_file import SiteFile, load_site
     from protocols.state_file import StateFile
@@ -58,7 +59,8 @@ _HOME = {
     "fedavg": ("ServerOptimizer", "local_update"),
     "policy": ("Policy",),
     "rosters": ("load_roster",),
-    "run": ("Run", "drive", "load_data", "run_study"),
+    "rounds": ("drive",),
+    "run": ("Run", "load_data", "run_study"),
     "site": ("Site",),
     "site_file": ("SiteFile", "load_site"),
     "state_file": ("StateFile",),

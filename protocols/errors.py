@@ -6,7 +6,7 @@ from secagg.errors import RemoteProtocolError, SecAggError
 
 
 class StudyError(SecAggError):
-    """A study or its file asks for something that cannot be; the message holds the path in the file."""
+    """A study, an agreement or its file asks for something that cannot be; the message holds the path in the file."""
 
 
 class DataError(SecAggError):

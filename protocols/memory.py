@@ -18,7 +18,7 @@ class Memory(SecretState, frozen=True):
     agreed or wait for their sum, one for the sum that is running.
 
     Attributes:
-        study: Digest of the study that all of this is about; none yet is empty.
+        study: Digest of the study, or of the agreement, that all of this is about; none yet is empty.
         advertised: The last round that it advertised keys for; none yet is -1.
         keys_done: Stages of that agreement that it has answered; 0 once the keys are used or lost.
         keys_state: State of the secure sum there.
@@ -32,7 +32,7 @@ class Memory(SecretState, frozen=True):
         sum_began: When the sum's keys were advertised, seconds.
         seed: Secret from which the randomness of the next answer comes. A site that answered and went down before it
             kept its state gives the identical answer when it is asked again.
-        trained: Rounds of training that it has contributed to.
+        trained: Sums that count against what was agreed: a study's rounds of training, an app's sums of either kind.
         cohorts: Sums that it has confirmed: what was summed, and the numbers of those in the sum.
         steps: Local steps taken in the study.
         mechanisms: Everything charged to the privacy budget but `pending`.
@@ -42,6 +42,7 @@ class Memory(SecretState, frozen=True):
         finished: Whether it has signed the end of the study.
         last_request: Digest of the last request, to tell a retry from a second one.
         last_reply: What was answered to it.
+        compared: What the sum depends on, by which its cohort is compared with those of others.
     """
 
     study: bytes = b""
@@ -67,6 +68,7 @@ class Memory(SecretState, frozen=True):
     finished: bool = False
     last_request: bytes = b""
     last_reply: bytes = b""
+    compared: bytes = b""
 
     @property
     def charged(self) -> tuple[Mechanism, ...]:

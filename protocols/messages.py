@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from secagg.wire import Counter, Digest, Message
 
-Purpose = Literal["standardize", "train"]
+Purpose = Literal["standardize", "train", "evaluate"]
 Reason = Literal["budget", "data", "policy", "protocol"]
 Stage = Annotated[str, Meta(max_length=32)]
 LedgerEnd = Annotated[bytes, Meta(max_length=1024)]

@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 
 from dp import Unit
-from protocols.coordinator import RoundRecord
 from protocols.errors import OutputError
 from protocols.fedavg import build_model, load_model_bytes, model_bytes
 from protocols.rosters import load_roster, roster_text
+from protocols.rounds import RoundRecord
 from protocols.run import Run, SiteResult
 from protocols.study import Study
 from secagg.errors import DecodeError

@@ -7,13 +7,13 @@ the sum and against the time that has passed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from msgspec import Struct
 
 from dp import Budget, BudgetExceeded, Mechanism, ParameterError, Relation
 from protocols.errors import PolicyRefusal, StudyError
-from protocols.study import Study
+from protocols.study import Protocol as ProtocolTable
 from secagg.masking.params import SUITE
 
 Scheme = Literal["masked", "ckks", "ckks-holder", "ckks-shared", "plain"]
@@ -22,6 +22,22 @@ _DAY = 86_400
 _CLOCK_STEP = 60
 # A participant's number has 16 bits.
 _MOST_SITES = 1 << 16
+
+
+class Agreed(Protocol):
+    """What a policy looks at in a study, or in what else sites have agreed on."""
+
+    @property
+    def protocol(self) -> ProtocolTable:
+        """How vectors are summed."""
+
+    @property
+    def threshold(self) -> int:
+        """How many sites must stay."""
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """All sites."""
 
 
 class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -83,13 +99,14 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             return None
         return Budget(epsilon=self.epsilon, delta=self.delta, relation=self.relation)
 
-    def check_study(self, site: str, study: Study, suite: str = SUITE) -> None:
+    def check_study(self, site: str, study: Agreed, suite: str = SUITE, *, what: str = "study") -> None:
         """Refuse a study that asks for less than the policy's conditions.
 
         Args:
             site: The site's name, for the message.
             study: The site's copy.
             suite: Primitives of its masked sums.
+            what: What it is, for the message.
 
         Raises:
             StudyError: The message names the site, the condition and what the study has.
@@ -98,24 +115,26 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         scheme = protocol.aggregation + ("" if protocol.keys == "threshold" else f"-{protocol.keys}")
         if scheme not in self.schemes:
             raise StudyError(
-                f'protocol.aggregation: the policy of {site} allows {", ".join(self.schemes)}, the study has "{scheme}"'
+                f"protocol.aggregation: the policy of {site} allows {', '.join(self.schemes)}, the {what} has "
+                f'"{scheme}"'
             )
         if protocol.aggregation == "masked" and suite not in self.suites:
-            raise StudyError(f"protocol: the policy of {site} allows {', '.join(self.suites)}, the study has {suite}")
+            raise StudyError(f"protocol: the policy of {site} allows {', '.join(self.suites)}, the {what} has {suite}")
         if protocol.aggregation != "plain" and protocol.mode == "semi-honest" and not self.semi_honest:
-            raise StudyError(f'protocol.mode: the policy of {site} asks for "active", the study has "semi-honest"')
+            raise StudyError(f'protocol.mode: the policy of {site} asks for "active", the {what} has "semi-honest"')
         if study.threshold < self.smallest_cohort:
             raise StudyError(
                 f"protocol.threshold: the policy of {site} asks for sums over at least {self.smallest_cohort} sites, "
-                f"and the study's threshold is {study.threshold}"
+                f"and the {what}'s threshold is {study.threshold}"
             )
-        if len(study.sites) - 1 < self.smallest_others:
+        others = len(study.site_names) - 1
+        if others < self.smallest_others:
             raise StudyError(
                 f"sites: the policy of {site} asks for at least {self.smallest_others} other sites in every sum, and "
-                f"the study has {len(study.sites) - 1}"
+                f"the {what} has {others}"
             )
 
-    def check_cost(self, site: str, planned: Mechanism | None, *, ledger: bool) -> None:
+    def check_cost(self, site: str, planned: Mechanism | None, *, ledger: bool, what: str = "study") -> None:
         """Refuse a study that would cost more than the policy allows, or so much that no ledger can hold it.
 
         What counts is not what the study says of itself but what all of its rounds come to, under the policy's delta
@@ -125,6 +144,7 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             site: The site's name, for the message.
             planned: What the whole study releases at its worst; None without differential privacy.
             ledger: Whether the site keeps a budget ledger.
+            what: What would cost so much, for the message.
 
         Raises:
             StudyError: The message names the site, the most that is allowed and what the study would cost.
@@ -134,12 +154,12 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             if budget is not None:
                 raise StudyError(
                     f"privacy.mechanism: the policy of {site} allows epsilon {budget.epsilon:g} at delta "
-                    f"{budget.delta:g}, and the study has no differential privacy: what it releases has no bound"
+                    f"{budget.delta:g}, and the {what} has no differential privacy: what it releases has no bound"
                 )
             if ledger:
                 raise StudyError(
-                    f"privacy.mechanism: {site} keeps a budget ledger, and the study has no differential privacy: what "
-                    "it releases has no bound, and is above every cap"
+                    f"privacy.mechanism: {site} keeps a budget ledger, and the {what} has no differential privacy: "
+                    "what it releases has no bound, and is above every cap"
                 )
         elif budget is not None:
             try:

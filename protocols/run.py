@@ -17,9 +17,8 @@ import torch
 from msgspec import Struct
 
 from dp import Spent
-from protocols.coordinator import Coordinator, RoundRecord
+from protocols.coordinator import Coordinator
 from protocols.datasets import SiteData, heart_disease, pooled, read_csv
-from protocols.engines import Engine
 from protocols.engines.faulty import Fault, Faulty
 from protocols.engines.in_process import InProcess
 from protocols.errors import DataError, StudyError
@@ -28,6 +27,7 @@ from protocols.homomorphic import Holder
 from protocols.ledger_file import open_ledger
 from protocols.metrics import Metrics
 from protocols.policy import PERMISSIVE, Policy
+from protocols.rounds import RoundRecord, drive
 from protocols.site import Site
 from protocols.site_file import SiteFile, load_site
 from protocols.study import Privacy, Study, Training
@@ -274,17 +274,6 @@ def check_faults(study: Study, stages: tuple[str, ...], faults: tuple[Fault, ...
             raise StudyError(f"a drop-out of {fault.site!r}, who is none of the sites {', '.join(study.site_names)}")
         if fault.stage not in stages:
             raise StudyError(f"a drop-out at {fault.stage!r}, which is none of the stages {', '.join(stages)}")
-
-
-def drive(coordinator: Coordinator, engine: Engine, listener: Listener | None = None) -> None:
-    """Carry a coordinator to the end of its study over an engine, timing each stage."""
-    while requests := coordinator.requests():
-        start = time.perf_counter()
-        for site, reply in engine.exchange(requests):
-            coordinator.receive(site, reply)
-        coordinator.close_stage(time.perf_counter() - start)
-        if listener is not None:
-            listener(coordinator)
 
 
 def with_baselines(

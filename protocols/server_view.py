@@ -26,7 +26,8 @@ from protocols.fedavg import build_model
 from protocols.memory import Memory
 from protocols.messages import Answer, Part, Reply, Request, SumRequest
 from protocols.policy import PERMISSIVE
-from protocols.run import drive, load_data
+from protocols.rounds import drive
+from protocols.run import load_data
 from protocols.site import Site
 from protocols.study import Study, demo_study
 from secagg.errors import DecodeError

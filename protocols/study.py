@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -316,14 +317,7 @@ def _refuse(path: str, expected: str, came: object) -> None:
 def _check(study: Study) -> None:
     """Everything that one field's type cannot say."""
     _check_size("", msgspec.to_builtins(study))
-    names = [site.name for site in study.sites]
-    for i, name in enumerate(names):
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
-            _refuse(f"sites[{i}].name", "1 to 64 letters, digits, '_', '-' or '.'", name)
-        if name in names[:i]:
-            _refuse(f"sites[{i}].name", "a name of its own", name)
-    if not re.fullmatch(r"[A-Za-z0-9_. -]{1,64}", study.name):
-        _refuse("name", "1 to 64 letters, digits, spaces, '_', '-' or '.'", study.name)
+    check_names(study.name, [site.name for site in study.sites], "sites[{}].name")
     if study.rounds < 1:
         _refuse("rounds", "at least 1", study.rounds)
     if study.seed < 0:
@@ -333,6 +327,26 @@ def _check(study: Study) -> None:
     _check_training(study)
     _check_protocol(study)
     _check_privacy(study)
+
+
+def check_names(name: str, sites: Sequence[str], path: str) -> None:
+    """Refuse names of a study and of its sites that no file, message or command line takes.
+
+    Args:
+        name: The study's.
+        sites: The sites'.
+        path: Where a site's name stands in the file, with `{}` for its place.
+
+    Raises:
+        StudyError: The message names the path.
+    """
+    for i, site in enumerate(sites):
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", site):
+            _refuse(path.format(i), "1 to 64 letters, digits, '_', '-' or '.'", site)
+        if site in sites[:i]:
+            _refuse(path.format(i), "a name of its own", site)
+    if not re.fullmatch(r"[A-Za-z0-9_. -]{1,64}", name):
+        _refuse("name", "1 to 64 letters, digits, spaces, '_', '-' or '.'", name)
 
 
 def _check_size(path: str, value: object) -> None:
@@ -405,7 +419,26 @@ def _check_training(study: Study) -> None:
 
 
 def _check_protocol(study: Study) -> None:
-    protocol, n = study.protocol, len(study.sites)
+    check_protocol(study.protocol, study.site_names)
+    if study.distributed:
+        return  # its sums are of whole numbers, in a ring of their own
+    try:
+        _ = study.fixed_point
+    except (HeadroomError, LocalProtocolError) as error:
+        raise StudyError(f"protocol: {error}") from error
+
+
+def check_protocol(protocol: Protocol, names: Sequence[str]) -> None:
+    """Refuse a table that asks for what cannot be, or too few sites.
+
+    Args:
+        protocol: The table.
+        names: The sites'.
+
+    Raises:
+        StudyError: The message names the key.
+    """
+    n = len(names)
     secure = protocol.aggregation != "plain"
     if n < 3:
         why = "at least 3: of two, each could read the other's update off the sum" if secure else "at least 3"
@@ -423,17 +456,10 @@ def _check_protocol(study: Study) -> None:
         if getattr(protocol, key) < lowest:
             _refuse(f"protocol.{key}", f"at least {lowest}", getattr(protocol, key))
     _positive("protocol.max_update", protocol.max_update)
-    _check_ckks(study)
-    if study.distributed:
-        return  # its sums are of whole numbers, in a ring of their own
-    try:
-        _ = study.fixed_point
-    except (HeadroomError, LocalProtocolError) as error:
-        raise StudyError(f"protocol: {error}") from error
+    _check_ckks(protocol, names)
 
 
-def _check_ckks(study: Study) -> None:
-    protocol, names = study.protocol, study.site_names
+def _check_ckks(protocol: Protocol, names: Sequence[str]) -> None:
     if protocol.aggregation != "ckks":
         for key in ("keys", "holder", "statistical_security", "sum_error"):
             if (came := getattr(protocol, key)) != getattr(Protocol(), key):

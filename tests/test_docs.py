@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from protocols.agreement import Agreement, parse_agreement
 from protocols.study import Study, demo_study, parse_study
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,15 @@ def test_what_privacy_costs_is_what_was_measured():
         *figures,
         f"{measured['no privacy: AUC']:.3f}",
     ]
+
+
+def test_the_agreement_in_the_docs_is_one_and_every_key_is_told():
+    (text,) = blocks("docs/flower_app.md", "toml")
+    assert parse_agreement(text).site_names == ("cleveland", "hungarian", "switzerland", "va")
+    told = (ROOT / "docs" / "flower_app.md").read_text(encoding="utf-8")
+    for field in msgspec.structs.fields(Agreement):
+        tables = {"protocol": "protocol.mode", "train": "train.NAME", "evaluate": "evaluate.NAME"}
+        assert f"`{tables.get(field.name, field.name)}`" in told, field.name
 
 
 def documented_keys() -> set[str]:

@@ -29,8 +29,8 @@ class LocalGrid(Grid):
     nothing; `on_reply(node, message, reply)` likewise on the way back.
     """
 
-    def __init__(self, configurations):
-        self.configurations = dict(configurations)
+    def __init__(self, configurations, app=client_app.app):
+        self.configurations, self.app = dict(configurations), app
         self.offline = set()
         self.on_message = lambda node, message: message
         self.on_reply = lambda node, message, reply: reply
@@ -76,7 +76,10 @@ class LocalGrid(Grid):
             context = Context(
                 run_id=1, node_id=node, node_config=self.configurations[node], state=RecordDict(), run_config={}
             )
-            reply = client_app.app(arriving, context)
+            try:
+                reply = self.app(arriving, context)
+            except Exception as error:  # as Flower's runtime does
+                reply = Message(Error(code=2, reason=f"{type(error)}:<'{error}'>"), reply_to=arriving)
         if (reply := self.on_reply(node, message, reply)) is not None:
             with self._lock:
                 self._replies[message.metadata.message_id] = reply
@@ -94,7 +97,13 @@ class LocalGrid(Grid):
         return pulled
 
     def send_and_receive(self, messages, *, timeout=None):
-        raise NotImplementedError
+        waiting, replies = list(self.push_messages(messages)), []
+        while waiting:
+            for reply in self.pull_messages(waiting):
+                waiting.remove(reply.metadata.reply_to_message_id)
+                replies.append(reply)
+            time.sleep(0.01)
+        return replies
 
 
 class Hospital:

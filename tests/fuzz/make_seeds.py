@@ -25,6 +25,7 @@ from secagg.masking import transcript
 from secagg.masking.messages import EncryptedShares
 from secagg.wire import decode, encode
 from tests.fuzz.targets import DIMS, DTYPES, TARGETS, example_roster, small_model
+from tests.protocols.apps import evaluate_work, train_work
 from tests.protocols.hospitals import PRIVATE, World, study
 from tests.secagg.simulation import Party, Round, changed
 
@@ -133,6 +134,16 @@ def vectors() -> dict[str, bytes]:
     return seeds
 
 
+def app_works() -> dict[str, bytes]:
+    """What a Flower app's strategy asks."""
+    settings = {"config": {"lr": 0.1, "server-round": 1, "name": "a", "on": True, "raw": b"x", "list": (1, 2)}}
+    return {
+        "AppWork/train": encode(train_work(configs=settings)),
+        "AppWork/evaluate": encode(evaluate_work()),
+        "AppWork/empty": encode(evaluate_work({})),
+    }
+
+
 def all_seeds() -> dict[str, bytes]:
     """`target/name` to bytes."""
     torch.manual_seed(0)
@@ -146,7 +157,7 @@ def all_seeds() -> dict[str, bytes]:
     for tensor in model.state_dict().values():
         choices += [DTYPES.index(names[tensor.dtype]), tensor.dim(), *map(DIMS.index, tensor.shape), 0]
     models["load_model_header/plain"] = bytes(choices)
-    return a_round("active") | a_round("semi-honest") | a_study() | a_transcript() | vectors() | models
+    return a_round("active") | a_round("semi-honest") | a_study() | a_transcript() | app_works() | vectors() | models
 
 
 def read_seeds(target: str) -> list[bytes]:

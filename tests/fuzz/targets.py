@@ -12,10 +12,11 @@ from collections.abc import Callable
 import msgspec
 import torch
 
+from protocols.app_work import AppWork
 from protocols.fedavg import load_model_bytes
 from protocols.memory import remember
 from protocols.messages import Reply, Request, Work
-from secagg.errors import DecodeError
+from secagg.errors import DecodeError, LocalProtocolError
 from secagg.keys import Identity, Roster
 from secagg.masking import messages, transcript
 from secagg.masking.client import decode_state
@@ -38,6 +39,23 @@ def _of(reader: Callable[[bytes], msgspec.Struct]) -> Target:
 
 def _of_kind(kind: type[Message]) -> Target:
     return _of(lambda data: decode(data, kind))
+
+
+def _app_work(data: bytes) -> None:
+    """Whatever decodes is looked at as a site does before it runs the app."""
+    try:
+        work = decode(data, AppWork)
+    except DecodeError:
+        return
+    assert encode(work) == data
+    try:
+        arrays = work.sent()
+        settings = [setting.value for _, entries in work.configs for setting in entries]
+        _ = work.compared
+    except LocalProtocolError:
+        return
+    assert sum(array.nbytes for array in arrays.values()) == len(work.data)
+    assert len(settings) == sum(len(entries) for _, entries in work.configs)
 
 
 def _memory(data: bytes) -> None:
@@ -122,6 +140,7 @@ MESSAGE_KINDS: dict[str, type[Message]] = {
 
 TARGETS: dict[str, Target] = {name: _of_kind(kind) for name, kind in MESSAGE_KINDS.items()} | {
     "ClientState": _of(decode_state),
+    "AppWork": _app_work,
     "Memory": _memory,
     "Transcript": _transcript,
     "Ring": _ring,

@@ -17,6 +17,7 @@ from protocols.errors import DataError, StudyError
 from protocols.fedavg import build_model, model_bytes
 from protocols.memory import Memory
 from protocols.messages import Answer, FinishRequest, KeysRequest, Refusal, Reply, Request, SumRequest, Work
+from protocols.participant import reason_of
 from protocols.site import Site
 from secagg.errors import DecodeError, LocalProtocolError
 from secagg.keys import Identity
@@ -235,6 +236,17 @@ def test_a_study_without_global_standardisation_never_sums_moments():
     world.coordinator._begin()
     assert world.ask("birch", world.until("MaskedInput")["birch"]) == refused("protocol")
     assert "sums of raw features, which the study does not have" in world.sites["birch"].log[-1]
+
+
+def test_a_study_sums_no_metrics():
+    """What an app of somebody else's may be asked, a study is not."""
+    world = World(study())
+    requests = world.until("MaskedInput")
+    asked = decode(requests["birch"], Request)
+    other = msgspec.structs.replace(asked, sum=msgspec.structs.replace(asked.sum, purpose="evaluate"))
+    told = decode(world.ask("birch", encode(other)), Reply)
+    assert told.sum == Refusal("protocol")
+    assert world.sites["birch"].log[-1].endswith("sums of metrics, which a study does not have")
 
 
 def test_a_private_site_gives_no_sum_that_it_does_not_charge():
@@ -508,7 +520,7 @@ def test_a_plain_study_is_charged_and_stopped_as_well():
 
 def test_a_spent_budget_is_told_by_its_error():
     assert issubclass(BudgetExceeded, DpError)
-    assert site_module._reason(BudgetExceeded(1.0, 2.0, 1.5)) == "budget"
+    assert reason_of(BudgetExceeded(1.0, 2.0, 1.5)) == "budget"
 
 
 # --- its data

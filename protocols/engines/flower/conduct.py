@@ -17,7 +17,8 @@ from protocols.errors import LinkError
 from protocols.fedavg import build_model, distributed_plan, flatten, local_plan
 from protocols.files import replace_private
 from protocols.rosters import roster_digest
-from protocols.run import Listener, Run, SiteResult, drive, threads_for
+from protocols.rounds import drive
+from protocols.run import Listener, Run, SiteResult, threads_for
 from protocols.study import Study
 from secagg.keys import Roster
 from secagg.masking.transcript import write

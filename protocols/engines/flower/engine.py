@@ -58,6 +58,13 @@ class FlowerEngine:
         say: Told in one line what a person should know.
         clock: Gives seconds; only differences matter.
         sleep: Waits so many seconds.
+        hello: Type of the messages that ask who a node is.
+        agreed: What `study` is the digest of, for messages.
+        beside: What runs at a site beside its SuperNode, for messages.
+
+    Attributes:
+        message_type: Type of the messages that carry requests.
+        deadline: No stage lasts beyond this time of the clock.
     """
 
     def __init__(
@@ -71,7 +78,12 @@ class FlowerEngine:
         say: Say = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        hello: str = HELLO,
+        agreed: str = "study",
+        beside: str = "`secagg site serve` beside it",
     ) -> None:
+        self.message_type, self.deadline = MESSAGE, float("inf")
+        self._hello, self._agreed, self._beside = hello, agreed, beside
         self._grid, self._sites, self._patience = grid, sites, patience or Patience()
         self._study, self._roster, self._say = study, roster, say
         self._clock, self._sleep = clock, sleep
@@ -103,10 +115,15 @@ class FlowerEngine:
             raise LinkError(
                 f"{len(self._node_of)} of {len(self._sites)} sites came within {self._patience.gather:g} s, and "
                 f"{least} are needed; without {', '.join(missing)}: is their SuperNode registered and running, and "
-                "`secagg site serve` beside it?"
+                f"{self._beside}?"
             )
         if missing:
             self._say(f"without {', '.join(missing)} for now: not here after {self._patience.gather:g} s")
+
+    def present(self) -> dict[str, int]:
+        """The sites that are here now, and their nodes."""
+        self._roll_call()
+        return {name: node for name, node in self._node_of.items() if node in self._online}
 
     def exchange(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
         """Send each site its request and give the replies as they come.
@@ -114,14 +131,15 @@ class FlowerEngine:
         Ends when all have answered, at the stage's deadline, or where all others have been away for a while.
         """
         start = self._clock()
+        ends = min(start + self._patience.stage, self.deadline)
         waiting = set(requests)
         sent: dict[str, str] = {}
         due = dict.fromkeys(requests, start)
-        while waiting and (now := self._clock()) < start + self._patience.stage:
+        while waiting and (now := self._clock()) < ends:
             self._roll_call()
             here = {name for name in waiting if self._node_of.get(name) in self._online}
             for name in sorted(here - set(sent.values())):
-                if due[name] <= now and (identifier := self._send(name, requests[name], start)) is not None:
+                if due[name] <= now and (identifier := self._send(name, requests[name], ends)) is not None:
                     sent[identifier] = name
             if not here and not sent and now >= start + self._patience.absent:
                 return
@@ -136,13 +154,13 @@ class FlowerEngine:
             if waiting:
                 self._sleep(self._patience.poll)
 
-    def _send(self, name: str, body: bytes, start: float) -> str | None:
+    def _send(self, name: str, body: bytes, ends: float) -> str | None:
         """Send a request; it is void after a while, so that a site never has two to answer."""
-        left = start + self._patience.stage - self._clock()
+        left = ends - self._clock()
         message = Message(
             packed(body),
             self._node_of[name],
-            MESSAGE,
+            self.message_type,
             ttl=max(1.0, min(self._patience.resend, left)),
             group_id="secagg",
         )
@@ -167,7 +185,7 @@ class FlowerEngine:
         if (now := self._clock()) >= self._looked + 1.0:
             self._looked, self._online = now, frozenset(self._grid.get_node_ids())
             for node in self._online - self._settled - set(self._greeted.values()):
-                message = Message(packed(b""), node, HELLO, ttl=self._patience.resend, group_id="secagg")
+                message = Message(packed(b""), node, self._hello, ttl=self._patience.resend, group_id="secagg")
                 identifiers = list(self._grid.push_messages([message]))
                 if identifiers and identifiers[0]:
                     self._greeted[identifiers[0]] = node
@@ -190,10 +208,10 @@ class FlowerEngine:
         self._settled.add(node)
         name = hello.name
         if name not in self._sites:
-            self._say(f"node {node}: says it is {name!r}, which is none of the study's sites; it is not asked")
+            self._say(f"node {node}: says it is {name!r}, which is none of the {self._agreed}'s sites; it is not asked")
             return
         if hello.study != self._study:
-            self._refuse(name, "study.toml", hello.study, self._study)
+            self._refuse(name, f"{self._agreed}.toml", hello.study, self._study)
         elif hello.roster != self._roster:
             self._refuse(name, "roster", hello.roster, self._roster)
         elif (other := self._node_of.get(name)) is not None and other in self._online:
