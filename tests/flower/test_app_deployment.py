@@ -81,7 +81,7 @@ class AppDeployment(Deployment):
 def test_the_app_of_the_document_trains_between_processes():
     with AppDeployment() as deployment:
         log = deployment.run_app()
-        deployment.wait_for("run", r"Strategy execution finished|Traceback|Error", seconds=560)
+        deployment.wait_for("run", r"Strategy execution finished|Traceback|Error", seconds=1500)
         told = log.read_text()
         nodes = "\n".join(deployment.told(f"{site}-node")[-2000:] for site in SITES)
         assert len(re.findall(r"secure sum \((?:train|evaluate)\): 4 sites", told)) == 2, told[-6000:] + nodes

@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 
+from protocols.app_work import Setting
 from protocols.engines.flower.contents import content_of, work_of
 from protocols.engines.flower.engine import Patience
 from protocols.engines.flower.secure_mod import SecAggMod
@@ -266,6 +267,15 @@ def test_arrays_of_another_serialisation_are_refused(clinic):
     content = RecordDict({"arrays": ArrayRecord({"a": Array("float32", (1,), "pickle", b"")})})
     with pytest.raises(LocalProtocolError, match="expected NumPy's serialisation, got 'pickle'"):
         clinic.secure().send_and_receive(messages(content))
+
+
+def test_settings_that_flower_does_not_take_are_refused_by_the_site(clinic, capfd):
+    configs = (("config", (Setting("a", (1, "x"), (), True),)),)
+    clinic.grid.on_message = at_input(lambda body: tampered(body, configs=configs), 2)
+    secure = clinic.secure()
+    secure.send_and_receive(messages())
+    assert secure.rounds[-1].dropped["birch"] == "refused (data) at MaskedInput"
+    assert "settings that Flower does not take" in capfd.readouterr().err
 
 
 def test_a_message_is_the_same_after_it_was_carried():

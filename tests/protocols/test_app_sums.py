@@ -340,6 +340,17 @@ def test_other_messages_are_no_work(kind):
         AppWork.of(kind, "arrays", ARRAYS, {})
 
 
+def test_arrays_without_entries_are_carried_like_others():
+    arrays = {"none": np.zeros((0, 3), np.float32), "one": np.zeros(1), "last": np.zeros(0)}
+    sent = train_work(arrays).sent()
+    assert {name: (array.dtype, array.shape) for name, array in sent.items()} == {
+        name: (array.dtype, array.shape) for name, array in arrays.items()
+    }
+    clinics = Clinics()
+    clinics.run = lambda name, work: Returned(work.sent(), {"num-examples": 1, "train_loss": 0.0})
+    assert clinics.sum(train_work(arrays)).arrays["none"].shape == (0, 3)
+
+
 def test_big_endian_and_fortran_arrays_are_sent_as_they_are():
     array = np.asfortranarray(np.arange(6, dtype=">f4").reshape(2, 3))
     np.testing.assert_array_equal(train_work({"a": array}).sent()["a"], array)
@@ -414,6 +425,7 @@ def test_a_sum_for_evaluation_does_not_run_training():
     ("changes", "told"),
     [
         ({"message_type": "query"}, 'expected a message of type "train" or "evaluate"'),
+        ({"message_type": "train." + "a" * 123}, "not a AppWork: Expected `str` of length <= 128"),
         ({"data": memoryview(b"")}, "the arrays take 48 bytes, and 0 came"),
         ({"data": memoryview(bytes(49))}, "the arrays take 48 bytes, and 49 came"),
     ],
@@ -426,7 +438,18 @@ def test_work_that_makes_no_sense_is_refused(changes, told):
     assert told in clinics.log("birch")
 
 
-@pytest.mark.parametrize(("field", "value", "told"), [("dtype", "O", "got 'O'"), ("name", "layer.bias", "comes twice")])
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("dtype", "O", "got 'O'"),
+        ("dtype", "f" * 17, "not a AppWork: Expected `str` of length <= 16"),
+        ("name", "layer.bias", "comes twice"),
+        ("name", "a" * 4097, "not a AppWork: Expected `str` of length <= 4096"),
+        ("shape", (-2, -3), "not a AppWork: Expected `int` >= 0"),
+        ("shape", (0, 1 << 40), "not a AppWork: Expected `int` <= 1099511627775"),
+        ("shape", (1,) * 33, "not a AppWork: Expected `array` of length <= 32"),
+    ],
+)
 def test_arrays_that_make_no_sense_are_refused(field, value, told):
     clinics = Clinics()
 
@@ -438,6 +461,15 @@ def test_arrays_that_make_no_sense_are_refused(field, value, told):
     clinics.sum()
     assert ("birch", "train") not in clinics.ran
     assert told in clinics.log("birch")
+
+
+@pytest.mark.parametrize(
+    "setting", [Setting("a", (1, 2), (), False), Setting("a", (), (), False), Setting("a", (1,), (b"x",), True)]
+)
+def test_settings_that_make_no_sense_are_refused(setting):
+    with pytest.raises(LocalProtocolError, match="setting 'a': expected one value or a list of one type"):
+        _ = setting.value
+    assert Setting.of("a", ()).value == ()
 
 
 def test_an_old_request_gets_no_second_vector():

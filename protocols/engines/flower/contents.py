@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from protocols.agreement import Kind
-from protocols.app_work import AppWork, NDArray, Returned, Value, in_type
+from protocols.app_work import AppWork, NDArray, Returned, Setting, Value, in_type
 from protocols.errors import DataError
 from secagg.errors import LocalProtocolError
 
@@ -52,17 +52,21 @@ def content_of(work: AppWork) -> RecordDict:
     """The content of the message that the strategy made, as the app's function expects it.
 
     Raises:
-        LocalProtocolError: As `AppWork.sent`.
+        LocalProtocolError: As `AppWork.sent` and `Setting.value`, or settings that Flower does not take.
     """
     content = RecordDict({work.key: ArrayRecord({name: Array(array) for name, array in work.sent().items()})})
-    for name, entries in work.configs:
-        content[name] = ConfigRecord(
-            {
-                setting.name: list(value) if isinstance(value := setting.value, tuple) else value  # type: ignore[misc]
-                for setting in entries
-            }
-        )
+    try:
+        for name, entries in work.configs:
+            content[name] = _settings(entries)
+    except (TypeError, ValueError) as error:
+        raise LocalProtocolError(f"settings that Flower does not take: {error}") from error
     return content
+
+
+def _settings(entries: tuple[Setting, ...]) -> ConfigRecord:
+    values = {setting.name: setting.value for setting in entries}
+    # A record checks what it is given.
+    return ConfigRecord({name: list(value) if isinstance(value, tuple) else value for name, value in values.items()})  # type: ignore[misc]
 
 
 def returned_of(reply: Message, kind: Kind) -> Returned:
