@@ -8,11 +8,11 @@ import pytest
 
 from protocols.agreement import Agreement
 from protocols.app_server import AppSums
-from protocols.app_work import AppWork, Returned, Setting
+from protocols.app_work import AppVectors, AppWork, Returned, Setting
 from protocols.errors import DataError, StudyError
 from protocols.messages import FinishRequest, Refusal, Reply, Request
 from protocols.policy import Policy
-from secagg.errors import BelowThreshold, DecodeError, LocalProtocolError
+from secagg.errors import BelowThreshold, DecodeError, LocalProtocolError, RemoteProtocolError
 from secagg.wire import decode, encode
 from tests.protocols.apps import (
     ARRAYS,
@@ -633,3 +633,10 @@ def test_a_roster_of_other_sites_is_refused(make):
     with pytest.raises(StudyError, match="sites: the agreement has"):
         make(clinics)
     assert isinstance(clinics.agreement, Agreement)
+
+
+def test_a_mean_of_another_length_is_refused():
+    vectors = AppVectors(Clinics().agreement, train_work())
+    assert vectors.dimension == 1 + 6 + 2 + 1
+    with pytest.raises(RemoteProtocolError, match=r"expected 9 entries of a mean, got shape \(10,\)"):
+        vectors.opened(np.zeros(10))
