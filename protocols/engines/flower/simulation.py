@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from flwr.app import Context, Message
+from flwr.app.typing import ConfigRecordValues
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -40,7 +41,8 @@ from protocols.site_service import Entry, journal_of, open_host, read_journal
 from protocols.study import Study
 from secagg.errors import SecAggError
 
-_PATIENCE = Patience(gather=300.0, stage=3600.0, resend=3600.0, absent=300.0, poll=0.05)
+PATIENCE = Patience(gather=300.0, stage=3600.0, resend=3600.0, absent=300.0, poll=0.05)
+"""How long the server of a simulation waits: all sites are there, and the machine may be busy."""
 
 
 def simulate(
@@ -94,7 +96,7 @@ def simulate(
                         grid,
                         study,
                         roster,
-                        patience=_PATIENCE,
+                        patience=PATIENCE,
                         say=logging.getLogger("secagg").warning,
                         wrap=wrap,
                         listener=listener,
@@ -109,14 +111,7 @@ def simulate(
                 server,
                 client_app(study, files, folder, passphrase),
                 num_supernodes=len(study.sites),
-                backend_config={
-                    "client_resources": {"num_cpus": cpus, "num_gpus": 0.0},
-                    "init_args": {
-                        "logging_level": logging.WARNING,
-                        "log_to_driver": False,
-                        "_node_ip_address": "127.0.0.1",
-                    },
-                },
+                backend_config=backend_config(cpus),
             )
         if not ended:
             raise LinkError("Flower's simulation ended before the study did; its log above says why")
@@ -156,6 +151,18 @@ def client_app(study: Study, files: Mapping[str, SiteFile], folder: Path, passph
         return passed_on(message, context, hello=False)
 
     return app
+
+
+def backend_config(cpus: float) -> dict[str, dict[str, ConfigRecordValues]]:
+    """How Flower starts Ray: workers of so many cores each, on this machine alone, without small talk."""
+    return {
+        "client_resources": {"num_cpus": cpus, "num_gpus": 0.0},
+        "init_args": {
+            "logging_level": logging.WARNING,
+            "log_to_driver": False,
+            "_node_ip_address": "127.0.0.1",
+        },
+    }
 
 
 def made_files(study: Study, folder: Path) -> dict[str, SiteFile]:
