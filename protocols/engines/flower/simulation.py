@@ -98,6 +98,7 @@ def simulate(
                         roster,
                         patience=PATIENCE,
                         say=logging.getLogger("secagg").warning,
+                        at_once=at_once(cpus),
                         wrap=wrap,
                         listener=listener,
                         checked=lambda coordinator: check_faults(study, coordinator.stages, faults),
@@ -151,6 +152,15 @@ def client_app(study: Study, files: Mapping[str, SiteFile], folder: Path, passph
         return passed_on(message, context, hello=False)
 
     return app
+
+
+def at_once(cpus: float) -> int:
+    """How many requests to have on their way to workers of so many cores: enough that none waits for work.
+
+    Flower looks at every message that is not answered yet for every site, ten times a second: with 200 of each, that
+    takes a whole core. And the server holds as many requests, each with the model in it.
+    """
+    return max(16, int(4 * (os.cpu_count() or 1) / cpus))
 
 
 def backend_config(cpus: float) -> dict[str, dict[str, ConfigRecordValues]]:
