@@ -47,6 +47,7 @@ bench: setup
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/masking.py --check --json benchmarks/results/masking.json
 	$(BIN)/python benchmarks/ckks.py --check --json benchmarks/results/ckks.json
+	$(BIN)/python benchmarks/flower.py --check --json benchmarks/results/flower.json
 	$(BIN)/python benchmarks/flamby_heart.py --check --json benchmarks/results/flamby_heart.json
 	$(BIN)/python benchmarks/dp_samplers.py --check --json benchmarks/results/dp_samplers.json
 	$(BIN)/python benchmarks/dp_mean.py --check --json benchmarks/results/dp_mean.json

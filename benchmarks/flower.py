@@ -237,7 +237,7 @@ def simulation(n: int, d: int, turns: int, protocol: str = "") -> list[Round]:
         server = ServerApp()
 
         def in_turn(grid: Grid, context: Context) -> None:
-            TheirRound(study, watch, "full").run(grid, context, d)  # to warm the workers up
+            TheirRound(study, watch, "first").run(grid, context, d)  # to warm the workers up
 
             def after_stage(coordinator: Coordinator) -> None:
                 record = next(record for record in reversed(coordinator.rounds) if record.stages)
@@ -249,8 +249,7 @@ def simulation(n: int, d: int, turns: int, protocol: str = "") -> list[Round]:
                 ours.opened = record.outcome == "opened"
                 rounds.append(ours)
                 check_ours(study, coordinator, ours, d)
-                theirs = "full" if ours.kind == "first" else ours.kind
-                rounds.append(TheirRound(study, watch, theirs).run(grid, context, d))
+                rounds.append(TheirRound(study, watch, ours.kind).run(grid, context, d))
                 watch.begin()
 
             def wrap(engine: Engine) -> Faulty:
@@ -365,7 +364,7 @@ def main() -> None:
     # Ray's workers would make way for whatever else runs here, and the server would not.
     os.environ.update({**QUIET, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"})
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # a round that is lost is what is measured
-    d, turns, repeats, large = (10_000, 1, 1, 12) if options.quick else (MILLION, 3, 2, 200)
+    d, turns, repeats, large = (10_000, 1, 1, 20) if options.quick else (MILLION, 3, 2, 200)
     figures: list[Figure] = []
     for n in (4, 20):
         rounds = [each for _ in range(repeats) for each in simulation(n, d, turns)]
