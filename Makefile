@@ -10,7 +10,7 @@ help:
 	@echo "make test       the everyday test suite"
 	@echo "make check      what CI runs: test, lint, types, import contracts"
 	@echo "make test-slow  the long tests"
-	@echo "make test-flower  hospitals as processes of their own, over Flower with TLS on loopback, and all that goes wrong"
+	@echo "make test-flower  hospitals over Flower, with TLS on loopback, and all that goes wrong; BOUNDED=1 leaves out the longest"
 	@echo "make bench      all benchmarks, with their targets checked; JSON to benchmarks/results"
 	@echo "make guards     every check in secagg/ and of the ledger removed once: does a test notice? SAMPLE=40 for some of them"
 	@echo "make setup      .venv with everything; quick when nothing changed"
@@ -30,10 +30,10 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not flower'
 
 test-flower: setup
-	$(BIN)/python -m pytest -m flower tests/flower
+	$(BIN)/python -m pytest -m 'flower$(if $(BOUNDED), and not slow)' tests/flower
 
 lint: setup
 	$(BIN)/ruff check .
@@ -51,6 +51,7 @@ bench: setup
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/masking.py --check --json benchmarks/results/masking.json
 	$(BIN)/python benchmarks/ckks.py --check --json benchmarks/results/ckks.json
+	$(BIN)/python benchmarks/flower.py --check --json benchmarks/results/flower.json
 	$(BIN)/python benchmarks/flamby_heart.py --check --json benchmarks/results/flamby_heart.json
 	$(BIN)/python benchmarks/dp_samplers.py --check --json benchmarks/results/dp_samplers.json
 	$(BIN)/python benchmarks/dp_mean.py --check --json benchmarks/results/dp_mean.json

@@ -82,7 +82,8 @@ def build_model(study: Study, features: int) -> nn.Module:
             refuses them.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(study.seed)
+        # Not torch.manual_seed, which keeps a stack trace for devices that are not up, and more with every call.
+        torch.default_generator.manual_seed(study.seed)
         model = _network(study, features)
     if study.model.buffers == "refuse" and (buffers := [name for name, _ in model.named_buffers()]):
         raise StudyError(
@@ -150,6 +151,11 @@ def flatten(model: nn.Module) -> Vector:
     with torch.no_grad():
         parts = [value.detach().reshape(-1).to("cpu", torch.float32) for value in _entries(model)]
     return torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
+
+
+def entry_count(model: nn.Module) -> int:
+    """How many entries `flatten` has."""
+    return sum(entry.numel() for entry in _entries(model))
 
 
 def parameter_count(model: nn.Module) -> int:

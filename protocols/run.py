@@ -22,7 +22,7 @@ from protocols.datasets import SiteData, heart_disease, pooled, read_csv
 from protocols.engines.faulty import Fault, Faulty
 from protocols.engines.in_process import InProcess
 from protocols.errors import DataError, StudyError
-from protocols.fedavg import build_model, evaluate, flatten, local_update, training_device
+from protocols.fedavg import build_model, entry_count, evaluate, local_update, training_device
 from protocols.homomorphic import Holder
 from protocols.ledger_file import open_ledger
 from protocols.metrics import Metrics
@@ -350,7 +350,7 @@ def _without_privacy(study: Study, data: Mapping[str, SiteData]) -> Study:
 def threads_for(model: torch.nn.Module) -> Iterator[None]:
     """One thread for a small model, torch's own choice for a large one."""
     before = torch.get_num_threads()
-    if flatten(model).size < _SMALL_MODEL:
+    if entry_count(model) < _SMALL_MODEL:
         torch.set_num_threads(1)
     try:
         yield

@@ -36,8 +36,8 @@ from protocols.errors import DataError, StudyError
 from protocols.fedavg import (
     build_model,
     distributed_contribution,
+    entry_count,
     evaluate,
-    flatten,
     gradient_update,
     load_model_bytes,
     local_plan,
@@ -119,7 +119,7 @@ class Site(Participant):
             )
         self._study, self._ledger = study, ledger
         self._device = training_device(study.device)
-        entries = flatten(build_model(study, len(data.features))).size
+        entries = entry_count(build_model(study, len(data.features)))
         self._sums = Sums(study, roster, len(data.features), entries)
         super().__init__(
             name,

@@ -76,6 +76,7 @@ class SiteHost:
     def __init__(self, site: Site, store: StateFile, roster: bytes, study: Study, journal: Path | None) -> None:
         self.site = site
         self._store, self._journal = store, journal
+        self._private = study.private
         self._hello = encode(Hello(site.name, study.digest, roster))
         self._told = 0, 0
 
@@ -100,7 +101,7 @@ class SiteHost:
         self._told = len(site.evaluations), len(site.log)
         if not new:
             return
-        if (spent := site.spent(self._store.load())) is not None:
+        if self._private and (spent := site.spent(self._store.load())) is not None:
             new.append(Entry(spent=spent))
         for entry in new:
             _tell(_readable(entry))

@@ -283,7 +283,8 @@ class Study(Section, frozen=True):
     @property
     def digest(self) -> bytes:
         """32 bytes of SHA-256 over all that the sites must agree on (not where each keeps its data)."""
-        agreed = msgspec.structs.replace(self, sites=tuple(SiteEntry(name=name) for name in self.site_names))
+        # As values and not as a `Study`, which would be checked once more.
+        agreed = msgspec.to_builtins(self) | {"sites": [{"name": name, "data": None} for name in self.site_names]}
         return hashlib.sha256(b"secagg study %d\0" % FORMAT + msgspec.msgpack.encode(agreed, order="sorted")).digest()
 
 

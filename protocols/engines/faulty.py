@@ -46,6 +46,24 @@ class Fault(Struct, frozen=True):
         return cls(parts[0], parts[1], int(parts[2]) if len(parts) == 3 else None)
 
 
+class _Some(Mapping[str, bytes]):
+    """The requests to some of the sites, looked up when they are sent: all of them take much memory."""
+
+    def __init__(self, requests: Mapping[str, bytes], names: tuple[str, ...]) -> None:
+        self._requests, self._names = requests, names
+
+    def __getitem__(self, name: str) -> bytes:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._requests[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Faulty:
     """Wraps another engine and makes the listed faults happen."""
 
@@ -55,8 +73,8 @@ class Faulty:
     def exchange(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
         """The wrapped engine's exchange, less what is lost."""
         hit = {name: self._fault(name, decode(request, Request)) for name, request in requests.items()}
-        reaching = {n: r for n, r in requests.items() if (f := hit[n]) is None or f.kind != "lost-request"}
-        for name, reply in self._engine.exchange(reaching):
+        names = tuple(name for name, fault in hit.items() if fault is None or fault.kind != "lost-request")
+        for name, reply in self._engine.exchange(_Some(requests, names)):
             fault = hit[name]
             if fault is None:
                 yield name, reply

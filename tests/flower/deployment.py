@@ -175,7 +175,7 @@ class Deployment(Processes):
             for site in self.sites:
                 self.done(self.commands(site)[0])
             for site in self.sites:
-                self.start(f"{site}-site", self.commands(site)[1])
+                self.start_site(site)
                 self.start_node(site)
             for site in self.sites:
                 self.wait_for(f"{site}-site", "answers on")
@@ -193,6 +193,9 @@ class Deployment(Processes):
         text = (self.folder / "README.md").read_text()
         section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1]
         return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+
+    def start_site(self, site):
+        self.start(f"{site}-site", self.commands(site)[1])
 
     def start_node(self, site):
         self.start(f"{site}-node", self.commands(site)[2])

@@ -1,10 +1,10 @@
 """The app of docs/flower_app.md between processes: a SuperLink, four SuperNodes, TLS and node authentication."""
 
 import re
-import subprocess
 from pathlib import Path
 
-from protocols.engines.flower.link import environment, flower_home, load_link, program
+import pytest
+
 from tests.flower.deployment import SITES, Deployment
 from tests.test_docs import blocks
 
@@ -34,8 +34,7 @@ class AppDeployment(Deployment):
         """No process beside the node; its README's agreement is in the site's folder."""
         (agreement,) = blocks("docs/flower_app.md", "toml")
         (self.folder / site / "agreement.toml").write_text(agreement)
-        self.running[f"{site}-site"] = subprocess.Popen(["true"])
-        self.log(f"{site}-site").write_text("answers on")
+        self.start(f"{site}-site", "echo answers on")
 
     def start_node(self, site):
         command = self.commands(site)[2]
@@ -63,26 +62,16 @@ class AppDeployment(Deployment):
         return self.base / "app"
 
     def run_app(self):
-        flower_home(self.base / "home", load_link(self.link_toml))
-        command = [program("flwr"), "run", str(self.write_app()), "secagg", "--stream"]
-        log = self.base / "run.log"
-        with log.open("wb") as file:
-            self.running["run"] = subprocess.Popen(
-                command,
-                env=environment({"FLWR_HOME": str(self.base / "home"), "COLUMNS": "1000"}),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
-        return log
+        home = f"FLWR_HOME={self.folder}/home FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 COLUMNS=1000"
+        self.start("run", f"{home} exec flwr run {self.write_app()} secagg --stream")
 
 
+@pytest.mark.slow
 def test_the_app_of_the_document_trains_between_processes():
     with AppDeployment() as deployment:
-        log = deployment.run_app()
+        deployment.run_app()
         deployment.wait_for("run", r"Strategy execution finished|Traceback|Error", seconds=1500)
-        told = log.read_text()
+        told = deployment.told("run")
         nodes = "\n".join(deployment.told(f"{site}-node")[-2000:] for site in SITES)
         assert len(re.findall(r"secure sum \((?:train|evaluate)\): 4 sites", told)) == 2, told[-6000:] + nodes
         assert Path(deployment.base / "model.pt").exists()

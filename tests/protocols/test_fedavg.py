@@ -16,6 +16,7 @@ from protocols.errors import StudyError
 from protocols.fedavg import (
     ServerOptimizer,
     build_model,
+    entry_count,
     evaluate,
     flatten,
     gradient_update,
@@ -249,6 +250,20 @@ def test_the_initial_model_depends_on_the_studys_seed_and_on_nothing_else():
     torch.manual_seed(2)
     np.testing.assert_array_equal(flatten(build_model(study(seed=3), 3)), first)
     assert (flatten(build_model(study(seed=4), 3)) != first).any()
+
+
+def test_building_models_leaves_no_calls_behind_for_devices_that_are_not_up():
+    if torch.cuda.is_initialized():
+        pytest.skip("calls wait only while CUDA is not up")
+    before = len(torch.cuda._queued_calls)
+    build_model(study(), 3)
+    assert len(torch.cuda._queued_calls) == before
+
+
+def test_entries_are_counted_as_they_are_laid_out():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+    model[0].bias.requires_grad_(False)
+    assert entry_count(model) == flatten(model).size == 12 + 4 + 4 + 4 + 4 + 4 + 1
 
 
 def test_an_mlp_is_as_wide_as_told():

@@ -31,6 +31,7 @@ def conduct(
     *,
     patience: Patience,
     say: Say,
+    at_once: int | None = None,
     wrap: Callable[[Engine], Engine] = lambda engine: engine,
     listener: Listener | None = None,
     checked: Callable[[Coordinator], None] = lambda coordinator: None,
@@ -45,6 +46,7 @@ def conduct(
         roster: The server's copy, likewise.
         patience: How long to wait for sites.
         say: Told in one line what a person should know.
+        at_once: Requests on their way at a time, as `FlowerEngine` takes it.
         wrap: Puts another engine around this one.
         listener: Called after every stage.
         checked: Called before anything is sent; what it raises ends the run.
@@ -71,7 +73,13 @@ def conduct(
                 raise LinkError(f"{checkpoint}: no run to go on with: {error.strerror or error}") from error
         checked(coordinator)
         engine = FlowerEngine(
-            grid, study.site_names, study=study.digest, roster=roster_digest(roster), patience=patience, say=say
+            grid,
+            study.site_names,
+            study=study.digest,
+            roster=roster_digest(roster),
+            patience=patience,
+            say=say,
+            at_once=at_once,
         )
         engine.gather(study.threshold)
 

@@ -56,6 +56,8 @@ class FlowerEngine:
         roster: Digest of the roster.
         patience: How long to wait.
         say: Told in one line what a person should know.
+        at_once: Requests on their way at a time, or None for all at once. Only for where each of them gets a reply, if
+            only an error: one that is lost keeps another from being sent.
         clock: Gives seconds; only differences matter.
         sleep: Waits so many seconds.
         hello: Type of the messages that ask who a node is.
@@ -76,6 +78,7 @@ class FlowerEngine:
         roster: bytes,
         patience: Patience | None = None,
         say: Say = lambda line: None,
+        at_once: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         hello: str = HELLO,
@@ -85,7 +88,7 @@ class FlowerEngine:
         self.message_type, self.deadline = MESSAGE, float("inf")
         self._hello, self._agreed, self._beside = hello, agreed, beside
         self._grid, self._sites, self._patience = grid, sites, patience or Patience()
-        self._study, self._roster, self._say = study, roster, say
+        self._study, self._roster, self._say, self._at_once = study, roster, say, at_once
         self._clock, self._sleep = clock, sleep
         self._online: frozenset[int] = frozenset()
         self._looked = float("-inf")
@@ -139,6 +142,8 @@ class FlowerEngine:
             self._roll_call()
             here = {name for name in waiting if self._node_of.get(name) in self._online}
             for name in sorted(here - set(sent.values())):
+                if self._at_once is not None and len(sent) >= self._at_once:
+                    break
                 if due[name] <= now and (identifier := self._send(name, requests[name], ends)) is not None:
                     sent[identifier] = name
             if not here and not sent and now >= start + self._patience.absent:

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from flwr.app import Context, Message
+from flwr.app.typing import ConfigRecordValues
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -40,7 +41,8 @@ from protocols.site_service import Entry, journal_of, open_host, read_journal
 from protocols.study import Study
 from secagg.errors import SecAggError
 
-_PATIENCE = Patience(gather=300.0, stage=3600.0, resend=3600.0, absent=300.0, poll=0.05)
+PATIENCE = Patience(gather=300.0, stage=3600.0, resend=3600.0, absent=300.0, poll=0.05)
+"""How long the server of a simulation waits: all sites are there, and the machine may be busy."""
 
 
 def simulate(
@@ -94,8 +96,9 @@ def simulate(
                         grid,
                         study,
                         roster,
-                        patience=_PATIENCE,
+                        patience=PATIENCE,
                         say=logging.getLogger("secagg").warning,
+                        at_once=at_once(cpus),
                         wrap=wrap,
                         listener=listener,
                         checked=lambda coordinator: check_faults(study, coordinator.stages, faults),
@@ -105,19 +108,15 @@ def simulate(
                 ended.append(error)
 
         with _quiet_flower():
-            run_simulation(
-                server,
-                client_app(study, files, folder, passphrase),
-                num_supernodes=len(study.sites),
-                backend_config={
-                    "client_resources": {"num_cpus": cpus, "num_gpus": 0.0},
-                    "init_args": {
-                        "logging_level": logging.WARNING,
-                        "log_to_driver": False,
-                        "_node_ip_address": "127.0.0.1",
-                    },
-                },
-            )
+            try:
+                run_simulation(
+                    server,
+                    client_app(study, files, folder, passphrase),
+                    num_supernodes=len(study.sites),
+                    backend_config=backend_config(cpus),
+                )
+            except RuntimeError as error:
+                raise LinkError(f"Flower's simulation could not run: {error}") from error
         if not ended:
             raise LinkError("Flower's simulation ended before the study did; its log above says why")
         if not isinstance(outcome := ended[0], tuple):
@@ -156,6 +155,27 @@ def client_app(study: Study, files: Mapping[str, SiteFile], folder: Path, passph
         return passed_on(message, context, hello=False)
 
     return app
+
+
+def at_once(cpus: float) -> int:
+    """How many requests to have on their way to workers of so many cores: enough that none waits for work.
+
+    Flower looks at every message that is not answered yet for every site, ten times a second: with 200 of each, that
+    takes a whole core. And the server holds as many requests, each with the model in it.
+    """
+    return max(16, int(4 * (os.cpu_count() or 1) / cpus))
+
+
+def backend_config(cpus: float) -> dict[str, dict[str, ConfigRecordValues]]:
+    """How Flower starts Ray: workers of so many cores each, on this machine alone, without small talk."""
+    return {
+        "client_resources": {"num_cpus": cpus, "num_gpus": 0.0},
+        "init_args": {
+            "logging_level": logging.WARNING,
+            "log_to_driver": False,
+            "_node_ip_address": "127.0.0.1",
+        },
+    }
 
 
 def made_files(study: Study, folder: Path) -> dict[str, SiteFile]:
