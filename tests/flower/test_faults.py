@@ -4,6 +4,7 @@ import itertools
 import resource
 import time
 
+import msgspec
 import pytest
 
 from protocols.coordinator import Coordinator
@@ -106,6 +107,21 @@ def test_the_model_equals_the_one_of_the_same_study_in_one_process_bit_for_bit(w
     assert flatten(run.model).tobytes() == flatten(alone.model).tobytes()
     assert run.transcript
     assert [r.contributors for r in run.rounds] == [r.contributors for r in alone.rounds]
+
+
+def test_sums_under_ckks_are_carried_as_well(ward):
+    here = ward(rounds=1, more='protocol = { aggregation = "ckks" }')
+    run, _ = here.run()
+    assert outcomes(run) == ["opened"]
+    assert run.rounds[0].contributors == SITES
+
+
+def test_a_holder_of_keys_is_refused_before_anything_is_asked(ward):
+    here = ward(rounds=1, start=False)
+    protocol = msgspec.structs.replace(here.study.protocol, aggregation="ckks", keys="holder", holder="notary")
+    with pytest.raises(StudyError, match="notary has its keys in process only"):
+        here.run(study=msgspec.structs.replace(here.study, protocol=protocol))
+    assert not here.grid.sent
 
 
 @pytest.mark.parametrize(("stage", "reply"), [(s, r) for s in STAGES[2:] for r in (False, True)])

@@ -190,6 +190,36 @@ def test_exit_2_bad_input(here):
     assert failed_line(run(), Exit.BAD_INPUT) == "study.toml: rounds: expected at least 1, got 0"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--engine", "flower"), "expected --link LINK.TOML"),
+        (("--engine", "flower", "--link", "none.toml"), "none.toml"),
+        (("--engine", "flower", "--link", "link.toml", "--drop", "north:Unmask"), "--drop: has no meaning"),
+        (("--engine", "flower", "--link", "link.toml", "--aggregation", "plain"), "--aggregation: has no meaning"),
+        (("--link", "link.toml"), "go with --engine flower"),
+        (("--resume",), "go with --engine flower"),
+    ],
+)
+def test_what_does_not_go_together_over_a_link_is_refused_before_anything_is_sent(here, arguments, says):
+    assert says in failed_line(run(*arguments, "--out", "out"), 2)
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('root_certificates = "ca.crt"\nroster = "r"', "address"),
+        ('address = "a:1"\nroot_certificates = "c"\nroster = "r"\n[patience]\nstage = 0', "stage"),
+        ('address = "a:1"\nroot_certificates = "c"\nroster = "r"\nport = 1', "port"),
+        ('address = "a:1"\nroot_certificates = "c"\nroster = "none.toml"', "none.toml"),
+    ],
+)
+def test_a_link_file_that_cannot_be_used_is_told_with_its_place(here, text, says):
+    (here / "link.toml").write_text(text)
+    assert says in failed_line(run("--engine", "flower", "--link", "link.toml", "--out", "out"), 2)
+
+
 def test_exit_3_the_run_could_not_be_written(here, monkeypatch):
     def cannot(*_):
         raise OutputError("out: could not be written: No space left on device; the run is kept in spare instead")

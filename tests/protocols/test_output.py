@@ -20,7 +20,7 @@ from protocols.aggregation import Unprotected
 from protocols.engines.faulty import Fault
 from protocols.errors import OutputError
 from protocols.fedavg import model_bytes
-from protocols.output import as_json, check_target, stage_totals, statement, write_run
+from protocols.output import as_json, check_target, load_run, stage_totals, statement, write_run
 from protocols.rosters import load_roster
 from protocols.run import run_study
 from secagg.keys import fingerprint
@@ -68,6 +68,31 @@ def test_a_run_is_written_whole_and_reads_back(run, tmp_path):
     )
     assert (len(findings.records), findings.problems) == (2, ())
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_run_of_another_process_is_read_with_all_that_its_server_knew(run, tmp_path):
+    write_run(run, tmp_path / "out")
+    back = load_run(tmp_path / "out", run.study)
+    assert model_bytes(back.model) == model_bytes(run.model)
+    assert (back.rounds, back.sites, back.transcript, back.stopped) == (
+        run.rounds,
+        run.sites,
+        run.transcript,
+        run.stopped,
+    )
+    assert as_json(back)["statement"] == as_json(run)["statement"]
+
+
+def test_a_folder_that_is_no_run_of_the_study_is_told(run, tmp_path):
+    with pytest.raises(OutputError, match="the run cannot be read"):
+        load_run(tmp_path, run.study)
+    write_run(run, tmp_path / "out")
+    with pytest.raises(OutputError, match="holds the run of another study"):
+        load_run(tmp_path / "out", study(rounds=7))
+    for content in ("[]", "{}", "no json"):
+        (tmp_path / "out" / "run.json").write_text(content)
+        with pytest.raises(OutputError, match="expected a run's folder"):
+            load_run(tmp_path / "out", run.study)
 
 
 def test_run_json_tells_the_configuration_the_versions_and_every_round(run):

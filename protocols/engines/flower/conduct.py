@@ -13,7 +13,7 @@ from protocols.coordinator import Coordinator
 from protocols.datasets import heart_disease
 from protocols.engines import Engine
 from protocols.engines.flower.engine import FlowerEngine, Patience, Say
-from protocols.errors import LinkError
+from protocols.errors import LinkError, StudyError
 from protocols.fedavg import build_model, distributed_plan, flatten, local_plan
 from protocols.files import replace_private
 from protocols.rosters import roster_digest
@@ -62,6 +62,8 @@ def conduct(
         LinkError: Too few sites came, or the checkpoint cannot be read or written.
         DecodeError: The checkpoint is not one of this study.
     """
+    if study.protocol.holder is not None:
+        raise StudyError(f"protocol.holder: {study.protocol.holder} has its keys in process only: not over Flower yet")
     columns = feature_names(study)
     model = build_model(study, len(columns))
     with threads_for(model):
