@@ -88,6 +88,35 @@ def test_the_agreement_in_the_docs_is_one_and_every_key_is_told():
         assert f"`{tables.get(field.name, field.name)}`" in told, field.name
 
 
+def test_what_a_round_over_flower_costs_is_what_was_measured():
+    content = msgspec.json.decode((ROOT / "benchmarks" / "results" / "flower.json").read_bytes())
+    measured = {figure["name"]: figure["value"] for figure in content["figures"]}
+    assert not content["quick"]
+    assert not content["missed"]
+    text = (ROOT / "docs" / "flower.md").read_text(encoding="utf-8").partition("## What a round costs")[2]
+    kind, rows = "", 0
+    for name, *values in re.findall(
+        r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE
+    ):
+        named = {"CPU-s at all clients": "clients", "CPU-s of all": "all processes", "seconds on": "wall"}
+        kind = next((short for long, short in named.items() if name.startswith(long)), kind)
+        side = "ours / theirs" if name.startswith("ratio") else name.rpartition(", ")[2]
+        figures = [(n, drop) for n in (4, 20) for drop in ("full", "drop-out")]
+        for value, (n, drop) in zip(values, figures, strict=True):
+            key = f"n={n}, {drop}: {kind}, {side}" if side == "ours / theirs" else f"n={n}, {side}, {drop}: {kind}"
+            assert abs(float(value) - measured[key]) <= 0.51 * 10 ** -len(value.partition(".")[2]), key
+        rows += 1
+    assert rows == 9
+    told = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("Over Flower, in the same")[2].partition("\n\n")[0]
+    )
+    expected = [f"{measured[f'n={n}, full: clients, ours / theirs']:.2f}" for n in (20, 4)]
+    expected += [f"{measured[f'n={n}, ours: upload']:.1f}" for n in (20, 4)]
+    expected += [f"{measured['n=20, theirs: upload']:.1f}"]
+    expected += [f"{measured['n=200, a tenth drops out: peak memory of all processes together'] / 1000:.1f}"]
+    assert re.findall(r"\d\.\d+", told) == expected
+
+
 def documented_keys() -> set[str]:
     """Paths named in the first column of the table of docs/study.md; a bare name continues the row's first table."""
     keys = set()
