@@ -4,6 +4,7 @@ import os
 import re
 import signal
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -41,6 +42,26 @@ def test_a_study_over_a_link_survives_a_killed_node_and_a_killed_server():
         assert training[-1].contributors == SITES
         assert [r.outcome for r in training].count("failed") <= 1
         assert run.stopped is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "stage"),
+    [("MaskedInput", "ConsistencyCheck"), ("ConsistencyCheck", "Unmask")],
+    ids=["uploaded", "unmask"],
+)
+def test_a_node_that_is_killed_after_its_sites_vector_has_left_takes_nothing_from_the_sum(before, stage):
+    with Deployment(rounds=1, more='task = { standardize = "public" }') as trial:
+        name, out = trial.run()
+        trial.wait_for(name, f"round 0, train, {before}: 4 of 4", 300)
+        trial.kill("va-node")
+        assert trial.ended(name, 420) == 0, trial.told(name)
+        run = load_run(out, load_study(trial.study))
+    first = run.rounds[0]
+    assert first.outcome == "opened"
+    assert first.contributors == SITES
+    assert first.dropped == {"va": f"no answer at {stage}"}
+    assert run.rounds[-1].dropped == {"va": "no answer at Finish"}
 
 
 def make_key(path):
