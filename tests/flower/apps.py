@@ -14,20 +14,10 @@ from protocols.site_file import load_site
 from secagg.keys import fingerprint
 from secagg.prg import deterministic_entropy
 from tests.flower.local_grid import LocalGrid
+from tests.protocols import apps
+from tests.protocols.apps import SITES, WEIGHTS
 
-SITES = ("ash", "birch", "cedar", "dogwood")
-TEXT = """\
-name = "tiny"
-sites = ["ash", "birch", "cedar", "dogwood"]
-most_sums = 20
-
-[train]
-train_loss = 10.0
-
-[evaluate]
-eval_acc = 1.0
-"""
-WEIGHTS = {"ash": 10, "birch": 25, "cedar": 7, "dogwood": 40}
+TEXT = apps.TEXT.replace("most_sums = 10", "most_sums = 20")
 PATIENCE = Patience(gather=5.0, stage=10.0, resend=5.0, absent=0.3, poll=0.01)
 START = {
     "layer.weight": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3),

@@ -269,24 +269,21 @@ def test_a_node_that_takes_another_sites_name_is_in_no_sum(ward):
     assert run.rounds[0].dropped["va"] == "sent a wrong message at AdvertiseKeys"
 
 
-def test_a_node_of_another_name_is_not_asked(ward):
-    here = ward(rounds=1)
-    stranger = encode(Hello("stranger", here.study.digest, bytes(32)))
-    here.grid.add(9, here.grid.configurations[1])
-    here.grid.on_reply = lambda node, message, reply: with_body(reply, stranger) if node == 9 else reply
-    run, _ = here.run()
-    assert outcomes(run) == ["opened"]
-    assert any("says it is 'stranger', which is none of the study's sites" in line for line in here.lines)
-    assert (9, MESSAGE) not in here.grid.sent
-
-
-def test_a_node_that_does_not_say_who_it_is_is_not_asked(ward):
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (encode(Hello("stranger", bytes(32), bytes(32))), "says it is 'stranger', which is none of the study's sites"),
+        (b"garbage", "does not say which site it is"),
+    ],
+    ids=["another name", "no name"],
+)
+def test_a_node_that_is_none_of_the_sites_is_not_asked(ward, told, says):
     here = ward(rounds=1)
     here.grid.add(9, here.grid.configurations[1])
-    here.grid.on_reply = lambda node, message, reply: with_body(reply, b"garbage") if node == 9 else reply
+    here.grid.on_reply = lambda node, message, reply: with_body(reply, told) if node == 9 else reply
     run, _ = here.run()
     assert outcomes(run) == ["opened"]
-    assert any("does not say which site it is" in line for line in here.lines)
+    assert any(says in line for line in here.lines)
     assert (9, MESSAGE) not in here.grid.sent
 
 
